@@ -1,0 +1,51 @@
+# make demo and make test work on a fresh clone: they create .venv and install what is missing.
+#
+#   PYTHON=python3.12 make demo    another interpreter (3.11 or newer)
+#   FAISS=1 make setup             install faiss-gpu also where there is no nvidia-smi; FAISS=0 never
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                  Linux without a GPU: the CPU build of torch, some gigabytes smaller
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# faiss-gpu is a download of 878 MB and optional (see requirements.txt): only where it can use a GPU, unless asked for.
+FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
+STAMP := .venv/.installed-faiss$(FAISS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo reproduce-main world clean
+
+help:             ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)   ## create .venv and install the requirements
+
+$(STAMP): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "%s is Python %d.%d: this project needs 3.11 or newer; run make PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv .venv
+	@# pip takes requirements from files: copies without the faiss-gpu line where it is not wanted.
+	@mkdir -p .venv/requirements
+	@grep -v $(if $(filter 1,$(FAISS)),'^$$','^faiss-gpu') requirements.txt > .venv/requirements/requirements.txt
+	@cp requirements-dev.txt .venv/requirements/
+	$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements/requirements-dev.txt
+	@rm -f .venv/.installed-faiss*
+	@touch $@
+
+test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP)    ## check style with ruff
+	$(PY) -m ruff check .
+
+demo: $(STAMP)    ## the whole method on the embedded world: table, picture, episodes (minutes)
+	$(PY) world.py demo
+
+reproduce-main: $(STAMP)  ## three seeds: DGPO against KD, KD continued, and PPO without the teacher (an hour)
+	$(PY) world.py reproduce
+
+world: $(STAMP)   ## rebuild the shipped world: corpus, questions, tokenizer, encoder, teacher, student
+	$(PY) world.py build
+
+clean:            ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
