@@ -69,7 +69,7 @@ def sample(
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     probs = (logits / temperature).softmax(-1)  # [B, V]
     if top_p < 1.0:
-        sorted_probs, order = probs.sort(-1, descending=True, stable=True)
+        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p, so the most likely one always stays.
         kept = sorted_probs.where(sorted_probs.cumsum(-1) - sorted_probs < top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, kept)

@@ -1,0 +1,251 @@
+"""The equations against hand-computed tables, float64 formulas and properties.
+
+Run: python -m pytest tests/test_dgpo.py
+"""
+
+import math
+
+import pytest
+import torch
+
+import dgpo
+
+FP32 = 1e-6  # results of a few fp32 operations on numbers near 1
+FP64 = 1e-12
+
+
+def random_masks(batch: int = 16, tokens: int = 24, seed: int = 0) -> torch.Tensor:
+    """Masks with gaps, as retrieved text leaves them; every row has at least one response token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, tokens, generator=generator) < 0.5
+    mask[:, 0] = False
+    mask[:, tokens // 2] = True
+    return mask
+
+
+def test_eq1_is_cross_entropy_plus_lambda_times_kl_from_teacher_to_student():
+    student = torch.tensor([[1.0, 0.0, -1.0]])
+    teacher = torch.tensor([[0.0, 2.0, 0.0]])
+    p = [math.exp(x) / (1 + math.exp(2) + 1) for x in (0, 2, 0)]
+    z = math.exp(1) + 1 + math.exp(-1)
+    log_q = [x - math.log(z) for x in (1, 0, -1)]
+    ce = -log_q[2]
+    kl = sum(a * (math.log(a) - b) for a, b in zip(p, log_q, strict=True))
+    loss, reported = dgpo.kd_loss(student, teacher, torch.tensor([2]), ce_weight=0.5, kl_weight=2.0)
+    assert loss.item() == pytest.approx(0.5 * ce + 2.0 * kl, abs=FP32)
+    assert reported.item() == pytest.approx(kl, abs=FP32)
+
+
+def test_eq1_gradient_of_the_kl_is_student_minus_teacher_probabilities():
+    student = torch.randn(4, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    teacher = torch.randn(4, 7, generator=torch.Generator().manual_seed(2))
+    loss, _ = dgpo.kd_loss(student, teacher, torch.zeros(4, dtype=torch.long), ce_weight=0.0, kl_weight=1.0)
+    loss.sum().backward()
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1), atol=FP32, rtol=0)
+
+
+def test_eq1_kl_is_zero_against_itself_and_positive_otherwise():
+    logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
+    other = torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
+    targets = torch.zeros(8, dtype=torch.long)
+    assert dgpo.kd_loss(logits, logits, targets)[1].abs().max() < FP32
+    assert (dgpo.kd_loss(logits, other, targets)[1] > 0).all()
+
+
+def test_eq1_refuses_heads_of_different_size_and_a_missing_teacher():
+    with pytest.raises(ValueError, match="cut both heads"):
+        dgpo.kd_loss(torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="no teacher"):
+        dgpo.kd_loss(torch.zeros(2, 5), None, torch.zeros(2, dtype=torch.long))
+
+
+def test_eq4_by_hand():
+    #                 prompt agent  retrieved agent pad
+    mask = torch.tensor([[False, True, False, True, False], [False, True, True, False, False]])
+    old = torch.tensor([[9.0, -1.0, 9.0, -2.0, 9.0], [9.0, -0.5, -3.0, 9.0, 9.0]])
+    guide = torch.tensor([[9.0, -1.5, 9.0, -1.0, 9.0], [math.nan] * 5])
+    rewards = dgpo.kl_rewards(torch.tensor([0.0, 1.0]), old, guide, mask, beta=0.1)
+    # wrong row: -0.1 * (-1 + 1.5) = -0.05 and -0.1 * (-2 + 1) = +0.1; right row: its score alone
+    expected = torch.tensor([[0, -0.05, 0, 0.1, 0], [0, 0, 1.0, 0, 0]])
+    torch.testing.assert_close(rewards, expected, atol=FP32, rtol=0)
+
+
+def test_eq4_gives_no_kl_to_right_episodes_and_none_to_retrieved_tokens():
+    mask = random_masks()
+    generator = torch.Generator().manual_seed(5)
+    old, guide = torch.randn(2, *mask.shape, generator=generator)
+    scores = (torch.arange(len(mask)) % 2).float()
+    rewards = dgpo.kl_rewards(scores, old, guide, mask, beta=1.0)
+    assert (rewards[~mask] == 0).all()
+    right = rewards[scores == 1]
+    assert (right.sum(1) == 1).all() and ((right != 0).sum(1) == 1).all()
+    wrong = scores == 0
+    torch.testing.assert_close(rewards[wrong][mask[wrong]], (guide - old)[wrong][mask[wrong]])
+
+
+@pytest.mark.parametrize(("where", "guided"), [("wrong", [True, False]), ("all", [True, True]), ("none", [False, False])])
+def test_eq4_where_selects_the_guided_episodes(where, guided):
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    rewards = dgpo.kl_rewards(torch.tensor([0.0, 1.0]), torch.zeros(2, 3), torch.ones(2, 3), mask, beta=1.0, where=where)
+    assert [bool(row[0] != 0) for row in rewards] == guided
+
+
+def test_eq4_refuses_an_unknown_rule_and_survives_an_episode_without_a_response():
+    empty = torch.zeros(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="expected one of wrong, all, none"):
+        dgpo.kl_rewards(torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0, where="right")
+    assert (dgpo.kl_rewards(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0) == 0).all()
+
+
+def test_k1_summed_over_tokens_is_the_kl_of_whole_sequences_by_exact_enumeration():
+    generator = torch.Generator().manual_seed(6)
+    first, first_guide = torch.randn(2, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    second, second_guide = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    joint, joint_guide = first[:, None] + second, first_guide[:, None] + second_guide  # [3, 3]
+    exact = (joint.exp() * (joint - joint_guide)).sum()
+    estimate = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            old = torch.stack([first[i], second[i, j]])[None]
+            guide = torch.stack([first_guide[i], second_guide[i, j]])[None]
+            mask = torch.ones(1, 2, dtype=torch.bool)
+            rewards = dgpo.kl_rewards(torch.zeros(1), old, guide, mask, beta=1.0)
+            estimate += joint[i, j].exp() * -rewards.double().sum()
+    assert estimate.item() == pytest.approx(exact.item(), abs=FP32)
+
+
+def test_last_token_is_the_last_response_token_not_the_last_token():
+    mask = torch.tensor([[False, True, True, False, True, False], [False] * 6])
+    assert dgpo.last_token(mask).tolist() == [[False] * 4 + [True, False], [False] * 6]
+
+
+def test_gae_by_hand():
+    # three response tokens around one retrieved; gamma 0.9, lambda 0.5
+    mask = torch.tensor([[True, False, True, True]])
+    rewards, values = torch.tensor([[0.0, 7.0, 0.1, 1.0]]), torch.tensor([[0.5, 9.0, 0.4, 0.2]])
+    d3 = 1.0 - 0.2
+    d2 = 0.1 + 0.9 * 0.2 - 0.4
+    d0 = 0.0 + 0.9 * 0.4 - 0.5
+    a2 = d2 + 0.45 * d3
+    a0 = d0 + 0.45 * a2
+    advantages, returns = dgpo.gae(rewards, values, mask, gamma=0.9, gae_lambda=0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[a0, 0.0, a2, d3]]), atol=FP32, rtol=0)
+    torch.testing.assert_close(returns, torch.tensor([[a0 + 0.5, 0.0, a2 + 0.4, 1.0]]), atol=FP32, rtol=0)
+
+
+def test_gae_at_gamma_and_lambda_one_is_reward_to_go_minus_value_for_any_mask():
+    mask = random_masks(seed=7)
+    rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    rewards = torch.where(mask, rewards, 0.0)
+    advantages, returns = dgpo.gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(advantages[mask], (to_go - values)[mask], atol=FP64, rtol=0)
+    torch.testing.assert_close(returns[mask], to_go[mask], atol=FP64, rtol=0)
+    assert (advantages[~mask] == 0).all()
+
+
+def test_gae_does_not_read_values_of_retrieved_tokens_or_of_padding():
+    mask = random_masks(seed=9)
+    rewards, values = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(10))
+    rewards = torch.where(mask, rewards, 0.0)
+    dirty = torch.where(mask, values, 1e6)
+    clean = dgpo.gae(rewards, values, mask, gamma=0.99, gae_lambda=0.9)
+    torch.testing.assert_close(dgpo.gae(rewards, dirty, mask, gamma=0.99, gae_lambda=0.9), clean)
+
+
+def test_whitened_entries_have_mean_zero_and_variance_one_under_the_mask():
+    mask = random_masks(seed=11)
+    x = 5 + 3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(12))
+    white = dgpo.whiten(x, mask)
+    assert white[mask].mean().abs() < 1e-5
+    assert white[mask].var().item() == pytest.approx(1.0, abs=1e-5)
+    assert (white[~mask] == 0).all()
+    assert torch.corrcoef(torch.stack([white[mask], x[mask]]))[0, 1] > 0.999  # the sign is kept
+
+
+def test_whitening_shares_with_common_moments_equals_whitening_the_whole():
+    mask = random_masks(seed=13)
+    x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(14))
+    stats = dgpo.Moments(*(a + b for a, b in zip(dgpo.moments(x[:5], mask[:5]), dgpo.moments(x[5:], mask[5:]), strict=True)))
+    whole = dgpo.whiten(x, mask)
+    torch.testing.assert_close(torch.cat([dgpo.whiten(x[:5], mask[:5], stats=stats),
+                                          dgpo.whiten(x[5:], mask[5:], stats=stats)]), whole, atol=FP32, rtol=0)
+
+
+def test_whitening_survives_one_token_and_none():
+    one = torch.tensor([[False, True]])
+    assert dgpo.whiten(torch.tensor([[3.0, 4.0]]), one).tolist() == [[0.0, 0.0]]
+    assert dgpo.whiten(torch.tensor([[3.0, 4.0]]), ~one & one).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("log_ratio", "advantage", "expected", "is_clipped"), [
+    (0.1, 1.0, -math.exp(0.1), 0), (0.5, 1.0, -1.2, 1), (-0.5, 1.0, -math.exp(-0.5), 0),
+    (0.5, -1.0, math.exp(0.5), 0), (-0.5, -1.0, 0.8, 1), (-0.1, -2.0, 2 * math.exp(-0.1), 0),
+])
+def test_eq2_clip_table(log_ratio, advantage, expected, is_clipped):
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    result = dgpo.policy_loss(torch.full((1, 1), log_ratio), torch.zeros(1, 1), torch.full((1, 1), advantage), mask,
+                              clip_eps=0.2)
+    assert result.loss.item() == pytest.approx(expected, abs=FP32)
+    assert result.clip_frac.item() == is_clipped
+    assert result.approx_kl.item() == pytest.approx(math.exp(log_ratio) - 1 - log_ratio, abs=FP32)
+
+
+def test_eq2_gradient_raises_the_probability_of_a_good_token_and_stops_beyond_the_clip():
+    logprobs = torch.tensor([[0.0, 0.0, 0.5]], requires_grad=True)
+    advantages = torch.tensor([[2.0, -3.0, 1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    dgpo.policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, clip_eps=0.2).loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-2.0, 3.0, 0.0]]))
+
+
+def test_eq2_ignores_what_is_off_the_mask_even_nan_in_value_and_gradient():
+    logprobs = torch.tensor([[-1.0, math.nan, 300.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, False]])
+    result = dgpo.policy_loss(logprobs, torch.tensor([[-1.0, 0.0, -300.0]]), torch.ones(1, 3), mask, clip_eps=0.2)
+    result.loss.backward()
+    assert result.loss.item() == -1.0 and result.count == 1
+    assert logprobs.grad.tolist() == [[-1.0, 0.0, 0.0]]
+
+
+def test_eq2_entropy_bonus_lowers_the_loss():
+    zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    plain = dgpo.policy_loss(zeros, zeros, zeros, mask, clip_eps=0.2)
+    bonus = dgpo.policy_loss(zeros, zeros, zeros, mask, clip_eps=0.2, entropy=torch.full((1, 2), 1.5), entropy_weight=0.1)
+    assert (bonus.loss - plain.loss).item() == pytest.approx(-0.3, abs=FP32)
+
+
+def test_losses_are_sums_so_a_split_into_micro_batches_changes_nothing():
+    mask = random_masks(seed=15)
+    new, old, advantages = torch.randn(3, *mask.shape, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
+    whole = dgpo.policy_loss(new, old, advantages, mask, clip_eps=0.2)
+    parts = [dgpo.policy_loss(new[i], old[i], advantages[i], mask[i], clip_eps=0.2) for i in (slice(3), slice(3, None))]
+    assert sum(p.loss for p in parts).item() == pytest.approx(whole.loss.item(), abs=FP64 * 1000)
+    assert sum(p.count for p in parts) == whole.count == mask.sum()
+
+
+@pytest.mark.parametrize(("value", "old", "target", "expected", "is_clipped"), [
+    (1.0, 0.0, 2.0, 0.5 * 1.5**2, 1),  # clipped to 0.5: the larger error counts
+    (1.0, 0.0, 0.0, 0.5 * 1.0, 0),
+    (0.3, 0.0, 1.0, 0.5 * 0.7**2, 0),
+])
+def test_value_loss_by_hand(value, old, target, expected, is_clipped):
+    mask = torch.tensor([[True, False]])
+    result = dgpo.value_loss(torch.tensor([[value, 5.0]]), torch.tensor([[old, 5.0]]), torch.tensor([[target, -5.0]]),
+                             mask, clip_eps=0.5)
+    assert result.loss.item() == pytest.approx(expected, abs=FP32)
+    assert (result.clip_frac.item(), result.count.item()) == (is_clipped, 1)
+
+
+def test_one_ppo_step_on_a_two_token_toy_matches_the_gradient_by_hand():
+    # One state, two tokens, sampled token 0 with advantage 2: d loss / d z = -2 (1[y] - p) at ratio 1.
+    z = torch.tensor([[0.3, -0.2]], requires_grad=True)
+    logprobs = z.log_softmax(-1)[:, :1]
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    dgpo.policy_loss(logprobs, logprobs.detach(), torch.full((1, 1), 2.0), mask, clip_eps=0.2).loss.backward()
+    p0 = 1 / (1 + math.exp(-0.5))
+    torch.testing.assert_close(z.grad, torch.tensor([[-2 * (1 - p0), 2 * (1 - p0)]]), atol=FP32, rtol=0)
+
+
+def test_wrong_means_a_score_below_a_tenth():
+    assert dgpo.wrong_episodes(torch.tensor([0.0, 0.05, 0.1, 1.0])).tolist() == [True, True, False, False]

@@ -1,0 +1,637 @@
+"""Learning: one loop distils (sft, kd), one reinforces (ppo, dgpo).
+
+    torchrun train.py --phase kd        cold start: distil the teacher's correct episodes (Eq. 1)
+    torchrun train.py --phase dgpo      PPO with a search engine in the loop, teacher on wrong episodes (Eq. 2-4)
+
+Phases
+    episodes  the teacher answers training questions; what it answers correctly is kept on disk
+    sft       cross-entropy alone, on episodes of any origin          -> distil
+    kd        Eq. 1 against the teacher's full distribution          -> distil
+    ppo       guide = the initial policy, on all episodes (Search-R1) -> reinforce
+    dgpo      guide = the teacher, on wrong episodes (Eq. 4)          -> reinforce
+
+Departures from the official code, with reasons
+ 1. Losses are one mean over the mini-batch's response tokens, whatever the number of processes and
+    micro-batches; the official code averages the means of its micro-batches.
+ 2. The learning rate of step k of a warm-up of N is lr (k+1)/N; the official schedule starts at exactly 0.
+ 3. The teacher scores wrong episodes alone; the official code scores all and multiplies by zero.
+ 4. Weights are fp32 (a step of 1e-6 vanishes in bf16).
+
+Legend: B episodes, T tokens, V vocabulary, D width, N response tokens.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import config
+from checkpoint import cut_lines, load_state, save_state, states
+from config import setting
+from data import Question, load_questions
+from dgpo import gae, kd_loss, kl_rewards, masked_sum, moments, policy_loss, value_loss, whiten, wrong_episodes
+from kernels import by_chunks, head_logprobs
+from model import Critic, Decoder, Tokenizer, load_decoder, save_decoder, shift
+from retriever import Retriever
+from rollout import (
+    STATUSES,
+    Batch,
+    Episode,
+    Policy,
+    RolloutSettings,
+    collate,
+    episode_text,
+    generate,
+    load_episodes,
+    save_episodes,
+)
+
+PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
+MAX_FIRST_LOG_RATIO = 1e-5  # before the first update the policy is the one that acted, to fp32 rounding
+
+
+@dataclass
+class TrainSettings(RolloutSettings):
+    phase: str = setting("kd", "what to run", choices=PHASES)
+    run_dir: str = setting("", "where the run writes; empty: runs/<phase>")
+    resume: bool = setting(False, "continue the run in run_dir from its newest state")
+    overwrite: bool = setting(False, "start again in a run_dir that already holds a run")
+    seed: int = setting(0, "order of the data and sampling noise")
+    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
+    student: str = setting("", "checkpoint to start from (folder or hub id)")
+    teacher: str = setting("", "checkpoint that guides (folder or hub id)")
+    teacher_dtype: str = setting("float32", "dtype of the frozen teacher", choices=("float32", "bfloat16"))
+    questions: str = setting("", "training questions, JSONL")
+    val_size: int = setting(256, "training questions set apart to measure progress; never trained on")
+    corpus: str = setting("", "passages, JSONL")
+    encoder: str = setting("", "checkpoint of the passage encoder")
+    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
+    episodes: str = setting("runs/episodes.jsonl", "teacher episodes; phase kd makes them when absent")
+    num_episode_questions: int = setting(0, "questions the teacher is asked; 0: all")
+    # distil (paper Table 8, TAID's defaults)
+    epochs: float = setting(5, "passes over the episodes")
+    batch_size: int = setting(64, "episodes per optimizer step")
+    kd_lr: float = setting(1e-4, "peak learning rate of sft and kd, cosine to 0")
+    kd_warmup_steps: int = setting(0, "linear warm-up of sft and kd")
+    ce_weight: float = setting(1.0, "weight of the cross-entropy in Eq. 1 (official code: 0)")
+    kl_weight: float = setting(1.0, "lambda of Eq. 1")
+    until_score: float = setting(0.0, "end kd once the sampled validation score reaches this; 0: never")
+    # reinforce (paper Table 8; the rest from the official scripts)
+    steps: int = setting(1000, "rollout batches")
+    prompts_per_step: int = setting(512, "episodes per rollout batch")
+    minibatch_size: int = setting(256, "episodes per optimizer step")
+    ppo_epochs: int = setting(1, "passes over a rollout batch")
+    actor_lr: float = setting(1e-6, "learning rate of the actor")
+    critic_lr: float = setting(1e-5, "learning rate of the critic")
+    actor_warmup_steps: int = setting(285, "linear warm-up (official: 0.285 of the steps)")
+    critic_warmup_steps: int = setting(15, "linear warm-up (official: 0.015 of the steps)")
+    critic_only_steps: int = setting(0, "first steps that train the critic alone")
+    beta: float = setting(0.001, "beta of Eq. 4")
+    kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, all for ppo",
+                            choices=("", "wrong", "all", "none"))
+    gamma: float = setting(1.0, "discount")
+    gae_lambda: float = setting(1.0, "lambda of GAE")
+    clip_eps: float = setting(0.2, "epsilon of Eq. 2")
+    value_clip_eps: float = setting(0.5, "clip of the critic's change")
+    entropy_weight: float = setting(0.001, "weight of the entropy bonus")
+    # both
+    weight_decay: float = setting(0.01, "AdamW")
+    grad_clip: float = setting(1.0, "largest norm of a gradient")
+    micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it when memory runs out")
+    eval_every: int = setting(50, "steps between validations; 0: never")
+    save_every: int = setting(50, "steps between saved states; 0: only the result")
+    max_minutes: float = setting(0.0, "end after this time, as if the steps were done; 0: never")
+
+
+# ---- processes ----
+
+
+def start_processes(settings: TrainSettings) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device) under torchrun, or (0, 1, device) without it."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, torch.device(device)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def sum_over_processes(*values: Tensor) -> list[float]:
+    """Each value summed over the processes, as floats; fp64."""
+    total = torch.stack([value.detach().double().cpu() for value in values])
+    if dist.is_initialized():
+        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def update(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, lr: float, grad_clip: float
+) -> float:
+    """Sum the gradients over the processes, clip, step; returns the norm before clipping."""
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    if dist.is_initialized():
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        parts = flat.split([g.numel() for g in grads])
+        grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+# ---- batches ----
+
+
+def shuffled(num: int, *seeds: int) -> list[int]:
+    """A permutation of range(num) that depends on the seeds alone."""
+    return np.random.default_rng(seeds).permutation(num).tolist()
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices grouped by length, so that rows x longest row <= max_tokens (at least one row)."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[i] > max_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def response_rows(decoder: Decoder, batch: Batch) -> Tensor:
+    """Hidden states that predict the response tokens: [N, D], in the order of batch.ids[response_mask]."""
+    return shift(decoder.hidden(batch.ids))[batch.response_mask]
+
+
+def token_logprobs(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token, nats: two [B, T], 0 off the mask."""
+    mask = batch.response_mask
+    logprobs, entropy = head_logprobs(response_rows(policy.decoder, batch), policy.head, batch.ids[mask])
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+
+# ---- loop one: distil ----
+
+
+def distil_loss(student: Policy, teacher: Policy | None, batch: Batch, settings: TrainSettings) -> tuple[Tensor, Tensor]:
+    """Eq. 1 on the response tokens of a batch: (loss [N], KL(teacher || student) [N])."""
+    targets = batch.ids[batch.response_mask]
+    rows = response_rows(student.decoder, batch)  # [N, D]
+    if teacher is None:
+        return by_chunks(
+            lambda h, y: kd_loss(h @ student.head.T, None, y, ce_weight=1.0, kl_weight=0.0),
+            len(student.head), rows, targets,
+        )
+    with torch.no_grad():
+        teacher_rows = response_rows(teacher.decoder, batch)  # [N, D of the teacher]
+    return by_chunks(
+        lambda h, y, g: kd_loss(
+            h @ student.head.T, g @ teacher.head.T, y,
+            ce_weight=settings.ce_weight, kl_weight=settings.kl_weight,
+        ),
+        len(student.head), rows, targets, teacher_rows,
+    )
+
+
+def distil(run: "Run", student: Policy, teacher: Policy | None, episodes: list[Episode], validate) -> None:
+    """Supervised on episodes: sft (teacher None) and kd."""
+    settings = run.settings
+    parameters = list(student.decoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.kd_lr, weight_decay=settings.weight_decay)
+    per_epoch = math.ceil(len(episodes) / settings.batch_size)
+    num_steps = max(1, round(per_epoch * settings.epochs))
+    first = run.start(num_steps, {"student": student.decoder}, {"student_adam": optimizer})
+    for step in range(first, num_steps):
+        # 1. batch: this process's share of the step's episodes
+        order = shuffled(len(episodes), settings.seed, step // per_epoch)
+        at = step % per_epoch * settings.batch_size
+        share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
+        num_tokens = torch.tensor(sum(e.num_agent_tokens + 1 for e in share))
+        batches = [
+            collate([share[i] for i in group], pad_id=student.tokenizer.pad_id,
+                    end_of_turn=student.tokenizer.eos_id).to(run.device)
+            for group in micro_batches([len(e.ids) for e in share], settings.micro_batch_tokens)
+        ]
+        num_tokens = sum((batch.response_mask.sum() for batch in batches), torch.tensor(0, device=run.device))
+        [global_tokens] = sum_over_processes(num_tokens)
+        # 2. loss and gradients
+        loss_sum = kl_sum = torch.zeros((), device=run.device)
+        for batch in batches:
+            loss, kl = distil_loss(student, teacher, batch, settings)
+            (loss.sum() / global_tokens).backward()
+            loss_sum, kl_sum = loss_sum + loss.detach().sum(), kl_sum + kl.sum()
+        # 3. update
+        progress = step / num_steps
+        lr = settings.kd_lr * 0.5 * (1 + math.cos(math.pi * progress))
+        lr *= min(1.0, (step + 1) / max(1, settings.kd_warmup_steps))
+        grad_norm = update(parameters, optimizer, lr, settings.grad_clip)
+        # 4. log, validate, save
+        loss, kl = (total / global_tokens for total in sum_over_processes(loss_sum, kl_sum))
+        metrics = {"loss/kd": loss, "loss/kl_teacher_student": kl, "loss/grad_norm": grad_norm, "loss/lr": lr}
+        metrics |= validate(step + 1, num_steps)
+        run.log(step + 1, metrics, num_tokens=global_tokens)
+        if 0 < settings.until_score <= metrics.get("eval/score", -1):
+            run.say(f"sampled validation score {metrics['eval/score']:.3f} reached {settings.until_score}")
+            break
+        if run.out_of_time():
+            break
+    run.finish(student)
+
+
+# ---- loop two: reinforce ----
+
+
+@torch.no_grad()
+def score_tokens(
+    actor: Policy, critic: Critic, guide: Policy | None, batch: Batch, guided: list[bool], settings: TrainSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(old_logprobs, values, guide_logprobs), each [B, T]; guide_logprobs is NaN in rows that are not guided."""
+    old_logprobs, values = torch.zeros(2, *batch.ids.shape, device=batch.ids.device)
+    guide_logprobs = torch.full_like(values, torch.nan)
+    lengths = used_lengths(batch)
+    for group in micro_batches(lengths, settings.micro_batch_tokens):
+        part, width = cut(batch, group, lengths)
+        old_logprobs[group, :width] = token_logprobs(actor, part)[0]
+        values[group, :width] = critic.values(part.ids)
+    rows = [i for i, is_guided in enumerate(guided) if is_guided and guide is not None]
+    for group in micro_batches([lengths[i] for i in rows], settings.micro_batch_tokens):
+        group = [rows[i] for i in group]
+        part, width = cut(batch, group, lengths)
+        guide_logprobs[group, :width] = token_logprobs(guide, part)[0]
+    return old_logprobs, values, guide_logprobs
+
+
+def used_lengths(batch: Batch) -> list[int]:
+    """Tokens of each row up to its last response token: what comes after it cannot matter."""
+    positions = torch.arange(1, batch.ids.shape[1] + 1, device=batch.ids.device)
+    return (batch.response_mask * positions).amax(1).clamp(min=1).tolist()
+
+
+def cut(batch: Batch, rows: list[int], lengths: list[int]) -> tuple[Batch, int]:
+    width = max(lengths[i] for i in rows)
+    return Batch(batch.ids[rows, :width], batch.response_mask[rows, :width]), width
+
+
+def reinforce(
+    run: "Run", actor: Policy, critic: Critic, guide: Policy | None, retriever: Retriever,
+    questions: list[Question], validate,
+) -> None:
+    """PPO with a search engine in the loop: ppo and dgpo differ in the guide and in where it counts."""
+    settings = run.settings
+    actor_parameters, critic_parameters = list(actor.decoder.parameters()), list(critic.parameters())
+    actor_adam = torch.optim.AdamW(actor_parameters, lr=settings.actor_lr, weight_decay=settings.weight_decay)
+    critic_adam = torch.optim.AdamW(critic_parameters, lr=settings.critic_lr, weight_decay=settings.weight_decay)
+    first = run.start(settings.steps, {"actor": actor.decoder, "critic": critic},
+                      {"actor_adam": actor_adam, "critic_adam": critic_adam})
+    per_epoch = max(1, len(questions) // settings.prompts_per_step)
+    for step in range(first, settings.steps):
+        # 1. rollout: this process's share of the step's questions
+        order = shuffled(len(questions), settings.seed, step // per_epoch)
+        at = step % per_epoch * settings.prompts_per_step
+        chosen = [questions[i] for i in order[at : at + settings.prompts_per_step]]
+        offset = len(chosen) * run.rank // run.num_processes
+        share = chosen[offset : len(chosen) * (run.rank + 1) // run.num_processes]
+        started = time.perf_counter()
+        episodes = generate(actor, retriever, share, settings, seed=settings.seed,
+                            first_episode=step * settings.prompts_per_step + offset)
+        rollout_s = time.perf_counter() - started
+        # 2. score: Eq. 3, and the teacher's log-probabilities where Eq. 4 needs them
+        batch = collate(episodes, pad_id=actor.tokenizer.pad_id).to(run.device)
+        mask = batch.response_mask
+        scores = torch.tensor([e.score for e in episodes], device=run.device)  # [B]
+        guided = {"wrong": wrong_episodes(scores), "all": scores == scores, "none": scores != scores}
+        guided = guided[settings.kl_where].tolist()
+        started = time.perf_counter()
+        old_logprobs, old_values, guide_logprobs = score_tokens(actor, critic, guide, batch, guided, settings)
+        score_s = time.perf_counter() - started
+        # 3. rewards and advantages: Eq. 4, GAE, whitening over all processes
+        rewards = kl_rewards(scores, old_logprobs, guide_logprobs, mask, beta=settings.beta, where=settings.kl_where)
+        advantages, returns = gae(rewards, old_values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+        stats = type(m := moments(advantages, mask))(*torch.tensor(sum_over_processes(*m), device=run.device))
+        advantages = whiten(advantages, mask, stats=stats)
+        # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
+        started = time.perf_counter()
+        sums: dict[str, float] = {}
+        lengths = used_lengths(batch)
+        num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
+        for epoch in range(settings.ppo_epochs):
+            rows = shuffled(len(episodes), settings.seed, step, epoch)
+            for k in range(num_minibatches):
+                part = rows[k::num_minibatches]
+                [num_tokens] = sum_over_processes(mask[part].sum())
+                is_first = epoch == 0 and k == 0
+                for group in micro_batches([lengths[i] for i in part], settings.micro_batch_tokens):
+                    group = [part[i] for i in group]
+                    micro, width = cut(batch, group, lengths)
+                    here = (group, slice(width))
+                    values = critic.values(micro.ids)
+                    critic_loss = value_loss(values, old_values[here], returns[here], micro.response_mask,
+                                             clip_eps=settings.value_clip_eps)
+                    (critic_loss.loss / max(1, num_tokens)).backward()
+                    add(sums, value_loss=critic_loss.loss, value_clip=critic_loss.clip_frac, tokens=critic_loss.count)
+                    if step < settings.critic_only_steps:
+                        continue
+                    logprobs, entropy = token_logprobs(actor, micro)
+                    loss = policy_loss(logprobs, old_logprobs[here], advantages[here], micro.response_mask,
+                                       clip_eps=settings.clip_eps, entropy=entropy,
+                                       entropy_weight=settings.entropy_weight)
+                    if is_first:
+                        gap = (logprobs - old_logprobs[here]).abs().max().item()
+                        assert gap <= MAX_FIRST_LOG_RATIO, f"log ratio {gap} before the first update of step {step}"
+                    (loss.loss / max(1, num_tokens)).backward()
+                    add(sums, policy_loss=loss.loss, clip_frac=loss.clip_frac, approx_kl=loss.approx_kl,
+                        entropy=masked_sum(entropy.detach(), micro.response_mask))
+                critic_norm = update(critic_parameters, critic_adam, settings.critic_lr
+                                     * min(1, (step + 1) / max(1, settings.critic_warmup_steps)), settings.grad_clip)
+                actor_norm = 0.0
+                if step >= settings.critic_only_steps:
+                    actor_step = step - settings.critic_only_steps + 1
+                    actor_norm = update(actor_parameters, actor_adam, settings.actor_lr
+                                        * min(1, actor_step / max(1, settings.actor_warmup_steps)), settings.grad_clip)
+        update_s = time.perf_counter() - started
+        # 5. log, validate, save
+        metrics = rollout_metrics(episodes, scores, old_logprobs, guide_logprobs, returns, old_values, mask)
+        names = ["value_loss", "value_clip", "policy_loss", "clip_frac", "approx_kl", "entropy", "tokens"]
+        *totals, tokens = sum_over_processes(*(torch.tensor(sums.get(name, 0.0)) for name in names))
+        metrics |= {f"loss/{n}": total / max(1, tokens) for n, total in zip(names, totals, strict=False)}
+        metrics |= {"loss/actor_grad_norm": actor_norm, "loss/critic_grad_norm": critic_norm}
+        metrics |= validate(step + 1, settings.steps)
+        run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
+                rollout_s=rollout_s, score_s=score_s, update_s=update_s)
+        run.write_samples(step + 1, episodes, actor.tokenizer)
+        if run.out_of_time():
+            break
+    run.finish(actor)
+
+
+def add(sums: dict[str, float], **values: Tensor) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.item()
+
+
+def rollout_metrics(
+    episodes: list[Episode], scores: Tensor, old_logprobs: Tensor, guide_logprobs: Tensor,
+    returns: Tensor, values: Tensor, mask: Tensor,
+) -> dict[str, float]:
+    """What a rollout batch was like, over all processes."""
+    sampled = torch.tensor([lp for e in episodes for s in e.segments for lp in s.logprobs], device=mask.device)
+    scored = mask & ~guide_logprobs.isnan()
+    counts = torch.tensor([[e.status == s for s in STATUSES] for e in episodes]).sum(0)
+    n, score, searches, tokens, gap, kl, kl_count, *by_status = sum_over_processes(
+        torch.tensor(len(episodes)), scores.sum(), torch.tensor(sum(e.num_searches for e in episodes)), mask.sum(),
+        (sampled - old_logprobs[mask]).abs().sum(), masked_sum(old_logprobs - guide_logprobs, scored), scored.sum(),
+        *counts,
+    )
+    result = {"rollout/score": score / n, "rollout/searches": searches / n, "rollout/agent_tokens": tokens / n}
+    result |= {f"rollout/{s}": count / n for s, count in zip(STATUSES, by_status, strict=True)}
+    count, total, total_sq = sum_over_processes(*moments(returns, mask))
+    _, error, error_sq = sum_over_processes(*moments(returns - values, mask))
+    variance = total_sq / count - (total / count) ** 2
+    left = error_sq / count - (error / count) ** 2
+    return result | {
+        "rollout/sampler_gap": gap / max(1, tokens),  # mean |log-probability of the sampler - of the trainer|
+        "rollout/kl_student_guide": kl / max(1, kl_count),  # per token, over the guided episodes alone
+        "rollout/explained_variance": 1 - left / variance if variance > 0 else 0.0,
+    }
+
+
+# ---- a run: folder, log, state ----
+
+
+class Run:
+    """What both loops share: where things are written, and when."""
+
+    def __init__(self, settings: TrainSettings, rank: int, num_processes: int, device: torch.device):
+        self.settings, self.rank, self.num_processes, self.device = settings, rank, num_processes, device
+        self.dir = Path(settings.run_dir)
+        self.started = self.step_started = time.perf_counter()
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.steps_done, self.num_steps, self.bar = 0, 0, None
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def prepare_folder(self) -> None:
+        """Refuse to write over a run, unless told to."""
+        settings = self.settings
+        if not settings.resume and (self.dir / "metrics.jsonl").exists() and self.rank == 0:
+            if not settings.overwrite:
+                sys.exit(f"train.py: {self.dir} already holds a run; give --resume to continue it, "
+                         "--overwrite to start again, or another --run-dir")
+            for path in [self.dir / "metrics.jsonl", self.dir / "perf.jsonl"]:
+                path.unlink(missing_ok=True)
+            for state in states(self.dir):
+                (state / "meta.json").unlink()
+                (state / "tensors.safetensors").unlink()
+                state.rmdir()
+        if self.rank == 0:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            config.save(settings, self.dir / "run.json")
+        if dist.is_initialized():
+            dist.barrier()
+
+    def start(self, num_steps: int, modules: dict, optimizers: dict) -> int:
+        """The first step to do: 0, or where the saved state ends."""
+        self.modules, self.optimizers, self.num_steps = modules, optimizers, num_steps
+        if self.settings.resume:
+            self.steps_done = load_state(self.dir, modules, optimizers)
+            if self.rank == 0:
+                for name in ("metrics.jsonl", "perf.jsonl"):
+                    cut_lines(self.dir / name, self.steps_done)
+            self.say(f"resumed {self.dir} after step {self.steps_done}")
+        self.bar = tqdm(total=num_steps, initial=self.steps_done, desc=self.settings.phase, disable=self.rank != 0,
+                        mininterval=1.0)
+        self.step_started = time.perf_counter()
+        return self.steps_done
+
+    def log(self, step: int, metrics: dict[str, float], *, num_tokens: float, **perf: float) -> None:
+        """metrics.jsonl: what depends on the computation alone; perf.jsonl: times and memory."""
+        now = time.perf_counter()
+        seconds, self.step_started = now - self.step_started, now
+        self.steps_done = step
+        every = self.settings.save_every
+        if self.rank == 0:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+            gpu = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+            perf = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds, **perf,
+                    "peak_memory_gib": peak, "peak_gpu_gib": gpu}
+            for name, row in (("metrics.jsonl", {"step": step, **metrics}), ("perf.jsonl", perf)):
+                with (self.dir / name).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            shown = {"rollout/score": "score", "eval/score": "val", "loss/kd": "loss", "loss/entropy": "entropy",
+                     "rollout/kl_student_guide": "kl", "rollout/searches": "searches"}
+            text = {short: f"{metrics[key]:.3f}" for key, short in shown.items() if key in metrics}
+            self.bar.set_postfix(text | {"tok/s": f"{num_tokens / seconds:.0f}"}, refresh=False)
+            self.bar.update()
+            if every and step % every == 0 and step < self.num_steps:
+                save_state(self.dir, step, self.modules, self.optimizers)
+
+    def write_samples(self, step: int, episodes: list[Episode], tokenizer: Tokenizer, num: int = 3) -> None:
+        every = self.settings.eval_every
+        if self.rank == 0 and every and step % every == 0:
+            (self.dir / "samples").mkdir(exist_ok=True)
+            text = "\n\n".join(episode_text(e, tokenizer) for e in episodes[:num])
+            (self.dir / "samples" / f"step_{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def out_of_time(self) -> bool:
+        """Whether rank 0's clock says that max_minutes are over."""
+        over = 0 < self.settings.max_minutes * 60 <= time.perf_counter() - self.started
+        return sum_over_processes(torch.tensor(float(over and self.rank == 0)))[0] > 0
+
+    def finish(self, policy: Policy) -> None:
+        self.bar.close()
+        if self.rank == 0:
+            save_state(self.dir, self.steps_done, self.modules, self.optimizers)
+            save_decoder(policy.decoder, policy.tokenizer, self.dir)
+        self.say(f"wrote {self.dir} after {self.steps_done} steps, {time.perf_counter() - self.started:.0f} s")
+        if dist.is_initialized():
+            dist.barrier()
+
+
+# ---- the program ----
+
+
+def load_policy(path: str, device: torch.device, role: str, dtype: torch.dtype = torch.float32) -> Policy:
+    if not path:
+        raise ValueError(f"--{role}: got no checkpoint, expected a folder or a hub id")
+    return Policy(load_decoder(path, dtype=dtype, device=device), Tokenizer.load(path))
+
+
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """The teacher scores the student's ids, so every id must mean the same to both."""
+    ours, theirs = student.full.get_vocab(), teacher.full.get_vocab()
+    if ours != theirs:
+        differing = sorted(ours.items() ^ theirs.items(), key=lambda item: item[1])[:3]
+        raise ValueError(f"--teacher: got another vocabulary than the student's (for example {differing}), expected "
+                         "the same token ids; take both from one model family")
+
+
+def frozen(policy: Policy) -> Policy:
+    policy.decoder.requires_grad_(False)
+    return policy
+
+
+def split_questions(settings: TrainSettings) -> tuple[list[Question], list[Question]]:
+    """(training, validation) questions; the split does not depend on the run's seed."""
+    questions = load_questions(settings.questions)
+    order = shuffled(len(questions), 0)
+    num_val = min(settings.val_size, len(questions) // 10)
+    return [questions[i] for i in order[num_val:]], [questions[i] for i in order[:num_val]]
+
+
+def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: list[Question]) -> None:
+    """Phase episodes: one sampled episode for each question; the correct ones go to settings.episodes.
+
+    Each process writes finished parts beside the file, so an interrupted run goes on where it stopped.
+    """
+    settings, path = run.settings, Path(run.settings.episodes)
+    questions = questions[: settings.num_episode_questions or None]
+    part_size = 1024
+    parts = [path.with_name(f"{path.name}.part{k:05d}") for k in range(math.ceil(len(questions) / part_size))]
+    for k, part in enumerate(parts):
+        if k % run.num_processes != run.rank or part.exists():
+            continue
+        episodes = generate(teacher, retriever, questions[k * part_size : (k + 1) * part_size], settings,
+                            seed=settings.seed, first_episode=k * part_size,
+                            progress=f"teacher episodes {k + 1}/{len(parts)}")
+        save_episodes(part, episodes, teacher.tokenizer)
+    if dist.is_initialized():
+        dist.barrier()
+    if run.rank == 0:
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
+        correct = [line for line in lines if json.loads(line)["score"] == 1]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(correct), encoding="utf-8")
+        os.replace(partial, path)
+        for part in parts:
+            part.unlink()
+        run.say(f"{path}: {len(correct)} correct episodes of {len(lines)}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def main(argv: list[str]) -> None:
+    settings = config.load(TrainSettings, argv, prog="train.py", description=__doc__.split("\n")[0],
+                           default_config=DEFAULT_CONFIG)
+    settings = replace(settings, run_dir=settings.run_dir or f"runs/{settings.phase}",
+                       kl_where=settings.kl_where or {"ppo": "all"}.get(settings.phase, "wrong"))
+    rank, num_processes, device = start_processes(settings)
+    torch.manual_seed(settings.seed)
+    run = Run(settings, rank, num_processes, device)
+    teacher_dtype = getattr(torch, settings.teacher_dtype)
+    needs_search = settings.phase != "sft" or settings.eval_every > 0
+    retriever, questions, val_questions = None, [], []
+    if needs_search:
+        questions, val_questions = split_questions(settings)
+        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
+
+    if settings.phase == "episodes":
+        teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
+        return write_episodes(run, teacher, retriever, questions)
+
+    run.prepare_folder()
+    student = load_policy(settings.student, device, "student")
+    teacher = None
+    if settings.phase == "kd" or (settings.phase == "dgpo" and settings.kl_where != "none"):
+        teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
+        check_same_tokens(student.tokenizer, teacher.tokenizer)
+
+    def validate(step: int, num_steps: int) -> dict[str, float]:
+        """Sampled score on the questions set apart: greedy looks fine long before sampling does."""
+        if not (settings.eval_every and (step % settings.eval_every == 0 or step == num_steps)):
+            return {}
+        at, end = (len(val_questions) * (rank + k) // num_processes for k in (0, 1))
+        episodes = generate(student, retriever, val_questions[at:end], settings, seed=settings.seed + 1,
+                            first_episode=at)
+        score, n = sum_over_processes(torch.tensor(sum(e.score for e in episodes)), torch.tensor(len(episodes)))
+        return {"eval/score": score / max(1, n)}
+
+    if settings.phase in ("sft", "kd"):
+        if settings.phase == "kd" and not Path(settings.episodes).exists():
+            write_episodes(run, teacher, retriever, questions)
+        episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
+        distil(run, student, teacher, episodes, validate)
+    else:
+        critic = Critic.from_decoder(student.decoder)
+        guide = teacher
+        if settings.phase == "ppo" and settings.kl_where != "none":
+            guide = frozen(load_policy(settings.student, device, "student"))  # Eq. 5: the initial policy
+        reinforce(run, student, critic, guide, retriever, questions, validate)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        with contextlib.suppress(Exception):
+            if dist.is_initialized():
+                dist.destroy_process_group()
