@@ -340,9 +340,9 @@ def reinforce(
         lengths = used_lengths(batch)
         num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
         for epoch in range(settings.ppo_epochs):
-            rows = shuffled(len(episodes), settings.seed, step, epoch)
+            rows = shuffled(len(chosen), settings.seed, step, epoch)  # of all processes
             for k in range(num_minibatches):
-                part = rows[k::num_minibatches]
+                part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(share)]
                 [num_tokens] = sum_over_processes(mask[part].sum())
                 is_first = epoch == 0 and k == 0
                 for group in micro_batches([lengths[i] for i in part], settings.micro_batch_tokens):
@@ -567,6 +567,9 @@ def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: l
     if run.rank == 0:
         lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
         correct = [line for line in lines if json.loads(line)["score"] == 1]
+        if not correct:
+            raise ValueError(f"{path}: got 0 correct episodes of {len(lines)} from the teacher, expected some; read "
+                             f"{parts[0]}, and check --prompt, --corpus and the teacher itself")
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(correct), encoding="utf-8")
         os.replace(partial, path)

@@ -1,0 +1,265 @@
+"""The two loops on a miniature world made here: random models, twenty passages, a few questions.
+
+Run: python -m pytest tests/test_train.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as RawTokenizer
+
+import dgpo
+import rollout
+import train
+from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
+from rollout import Policy
+
+GRADIENT_TOLERANCE = 1e-5  # fp32 sums in another order
+METRIC_TOLERANCE = 1e-4  # the same after a few Adam steps, which amplify small gradients
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def decoder_config(width: int, entries: int) -> dict:
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": entries, "hidden_size": width,
+            "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
+            "max_position_embeddings": 2048}
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory) -> Path:
+    """A folder with student, teacher, encoder, corpus, questions and episodes."""
+    folder = tmp_path_factory.mktemp("mini")
+    raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    (folder / "tokenizer").mkdir()
+    raw.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",  # pad = eos: masks must not come from ids
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"}))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    for name, width, seed in (("student", 16, 0), ("teacher", 32, 1)):
+        decoder = new_decoder(decoder_config(width, tokenizer.size + seed), seed)  # heads of different padded size
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.mul_(3.0)
+        save_decoder(decoder, tokenizer, folder / name)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    pieces = RawTokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    pieces.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    pieces.save(str(folder / "pieces.json"))
+    save_encoder(new_encoder({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+                              "vocab_size": len(words), "max_position_embeddings": 64, "type_vocab_size": 2,
+                              "hidden_act": "gelu", "layer_norm_eps": 1e-12}, folder / "pieces.json", 0), folder / "encoder")
+    lines = [{"id": str(i), "contents": f'"Title {i}"\nfact number {i}'} for i in range(20)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    questions = [{"id": f"q{i}", "question": f"which number has fact {i}", "golden_answers": [str(i)]} for i in range(24)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
+    episodes = [q | {"segments": [{"author": "agent", "text": f"<search>{'f' * (i % 5)}act</search>"},
+                                  {"author": "environment", "text": "\n\n<information>x</information>\n\n"},
+                                  {"author": "agent", "text": f"<answer>{i}</answer>"}]} for i, q in enumerate(questions)]
+    (folder / "episodes.jsonl").write_text("\n".join(map(json.dumps, episodes)) + "\n")
+    (folder / "mini.toml").write_text("\n".join([
+        f'student = "{folder}/student"', f'teacher = "{folder}/teacher"', f'encoder = "{folder}/encoder"',
+        f'corpus = "{folder}/corpus.jsonl"', f'questions = "{folder}/questions.jsonl"',
+        f'episodes = "{folder}/episodes.jsonl"', 'prompt = "short"', "max_new_tokens = 8", "max_context_tokens = 200",
+        "max_turns = 2", "top_k = 2", "max_obs_tokens = 60", "batch_size = 8", "epochs = 1", "prompts_per_step = 8",
+        "minibatch_size = 4", "steps = 4", "eval_every = 2", "val_size = 2", "save_every = 1", "kd_lr = 1e-2",
+        "actor_lr = 1e-3", "critic_lr = 1e-3", "actor_warmup_steps = 2", 'device = "cpu"', ""]))
+    return folder
+
+
+def run(mini: Path, out: Path, *flags: str) -> list[dict]:
+    train.main(["--config", str(mini / "mini.toml"), "--run-dir", str(out), *flags])
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def policies(mini: Path) -> tuple[Policy, Policy]:
+    return tuple(Policy(load_decoder(mini / name), Tokenizer.load(mini / name)) for name in ("student", "teacher"))
+
+
+@pytest.mark.parametrize("phase", ["sft", "kd", "ppo", "dgpo"])
+def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings(mini, tmp_path, phase):
+    rows = run(mini, tmp_path / "run", "--phase", phase)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
+    assert all(isinstance(value, float | int) and value == value for row in rows for value in row.values())
+    assert "eval/score" in rows[1] and not any("second" in key for key in rows[0])
+    assert load_decoder(tmp_path / "run").config.hidden_size == 16
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["phase"] == phase
+    assert (tmp_path / "run" / "perf.jsonl").read_text().count("\n") == len(rows)
+    if phase in ("ppo", "dgpo"):
+        assert "  [" in (tmp_path / "run" / "samples" / "step_000002.txt").read_text()
+
+
+def test_distillation_lowers_the_loss(mini, tmp_path):
+    rows = run(mini, tmp_path / "run", "--phase", "sft", "--epochs", "6")
+    assert rows[-1]["loss/kd"] < 0.8 * rows[0]["loss/kd"]
+
+
+@pytest.mark.parametrize("phase", ["kd", "dgpo"])
+def test_a_resumed_run_writes_the_same_metrics_as_an_uninterrupted_one(mini, tmp_path, phase):
+    whole = run(mini, tmp_path / "whole", "--phase", phase)
+    run(mini, tmp_path / "part", "--phase", phase)
+    for state in sorted((tmp_path / "part" / "state").iterdir())[-1:]:
+        for file in state.iterdir():
+            file.unlink()
+        state.rmdir()  # as if the run had ended one step earlier; its last metrics lines are cut
+    assert run(mini, tmp_path / "part", "--phase", phase, "--resume") == whole
+
+
+def test_a_run_is_not_written_over_unless_told(mini, tmp_path):
+    rows = run(mini, tmp_path / "run", "--phase", "sft")
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run(mini, tmp_path / "run", "--phase", "sft")
+    assert run(mini, tmp_path / "run", "--phase", "sft", "--overwrite") == rows
+
+
+def test_resume_without_a_state_and_damaged_states_are_errors_that_say_what_to_do(mini, tmp_path):
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        run(mini, tmp_path / "run", "--phase", "sft", "--resume")
+    run(mini, tmp_path / "cut", "--phase", "sft")
+    newest = sorted((tmp_path / "cut" / "state").iterdir())[-1] / "tensors.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(mini, tmp_path / "cut", "--phase", "sft", "--resume")
+
+
+def test_the_kd_phase_asks_the_teacher_when_there_are_no_episodes(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout.Episode, "score", property(lambda self: float(self.question.golden_answers[0] in ("1", "7", "9"))))
+    path = tmp_path / "made.jsonl"
+    run(mini, tmp_path / "run", "--phase", "kd", "--episodes", str(path), "--val-size", "0", "--eval-every", "0")
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["golden_answers"][0] for row in kept} == {"1", "7", "9"}  # the correct ones alone
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_teacher_without_a_correct_episode_is_an_error_that_says_so(mini, tmp_path):
+    with pytest.raises(ValueError, match="0 correct episodes of 22"):
+        run(mini, tmp_path / "run", "--phase", "kd", "--episodes", str(tmp_path / "made.jsonl"))
+
+
+def test_a_teacher_with_other_token_ids_is_refused(mini, tmp_path):
+    other = tmp_path / "other"
+    save_decoder(load_decoder(mini / "teacher"), Tokenizer.load(mini / "teacher"), other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|start|>"))
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        run(mini, tmp_path / "run", "--phase", "kd", "--teacher", str(other))
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini, with_teacher):
+    student, teacher = policies(mini)
+    settings = train.TrainSettings()
+    episodes = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
+
+    def gradients(groups: list[list[rollout.Episode]]) -> tuple[float, torch.Tensor]:
+        student.decoder.zero_grad()
+        total = 0.0
+        for group in groups:
+            batch = rollout.collate(group, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id)
+            loss, _ = train.distil_loss(student, teacher if with_teacher else None, batch, settings)
+            (loss.sum() / 1000).backward()
+            total += loss.sum().item() / 1000
+        return total, torch.cat([p.grad.flatten() for p in student.decoder.parameters()])
+
+    whole = gradients([episodes])
+    split = gradients([episodes[20:], episodes[:3], episodes[3:20]])
+    assert split[0] == pytest.approx(whole[0], rel=GRADIENT_TOLERANCE)
+    torch.testing.assert_close(split[1], whole[1], atol=GRADIENT_TOLERANCE, rtol=1e-3)
+
+
+def test_distillation_has_no_gradient_from_prompt_and_retrieved_tokens(mini):
+    student, _ = policies(mini)
+    [episode] = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
+    batch = rollout.collate([episode], pad_id=student.tokenizer.pad_id)
+    loss, _ = train.distil_loss(student, None, batch, train.TrainSettings())
+    agent = [i for s in episode.segments if s.author == "agent" for i in s.ids]
+    assert loss.shape == (len(agent),)
+    logits = student.decoder(batch.ids)[0, :-1, : student.tokenizer.size].log_softmax(-1)
+    expected = -logits.gather(-1, batch.ids[0, 1:, None]).squeeze(-1)[batch.response_mask[0, 1:]]
+    torch.testing.assert_close(loss, expected, atol=GRADIENT_TOLERANCE, rtol=0)
+
+
+def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(mini):
+    student, teacher = policies(mini)
+    critic = Critic.from_decoder(student.decoder)
+    torch.nn.init.normal_(critic.value_head.weight)
+    episodes = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
+    batch = rollout.collate(episodes, pad_id=student.tokenizer.pad_id)
+    guided = [i % 3 == 0 for i in range(len(episodes))]
+    runs = [train.score_tokens(student, critic, teacher, batch, guided, train.TrainSettings(micro_batch_tokens=n))
+            for n in (1, 300, 10**6)]
+    mask = batch.response_mask
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            torch.testing.assert_close(a[mask], b[mask], atol=GRADIENT_TOLERANCE, rtol=0, equal_nan=True)
+    assert runs[0][2][~torch.tensor(guided)].isnan().all() and not runs[0][2][torch.tensor(guided)][mask[torch.tensor(guided)]].isnan().any()
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit():
+    lengths = [5, 30, 7, 7, 100, 1, 12]
+    groups = list(train.micro_batches(lengths, 40))
+    assert sorted(i for group in groups for i in group) == list(range(7))
+    assert all(len(g) * max(lengths[i] for i in g) <= 40 or len(g) == 1 for g in groups)
+
+
+def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_teacher_on_wrong_ones(mini, tmp_path, monkeypatch):
+    seen = []
+    real = dgpo.kl_rewards
+
+    def spy(scores, old, guide, mask, *, beta, where):
+        seen.append((where, (old - guide)[mask].abs().nanmean().item()))
+        return real(scores, old, guide, mask, beta=beta, where=where)
+
+    monkeypatch.setattr(train, "kl_rewards", spy)
+    run(mini, tmp_path / "ppo", "--phase", "ppo", "--steps", "1")
+    run(mini, tmp_path / "dgpo", "--phase", "dgpo", "--steps", "1")
+    run(mini, tmp_path / "none", "--phase", "ppo", "--steps", "1", "--kl-where", "none")
+    assert [where for where, _ in seen] == ["all", "wrong", "none"]
+    assert seen[0][1] < GRADIENT_TOLERANCE  # before the first update the initial policy is the policy
+    assert seen[1][1] > 0.01
+
+
+def test_the_phase_switches_when_the_sampled_score_is_reached(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout.Episode, "score", property(lambda self: 1.0))
+    rows = run(mini, tmp_path / "run", "--phase", "kd", "--until-score", "0.9", "--epochs", "20")
+    assert len(rows) == 2  # the first validation
+
+
+def test_critic_only_steps_leave_the_actor_alone(mini, tmp_path):
+    run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2", "--critic-only-steps", "2")
+    before, after = load_decoder(mini / "student"), load_decoder(tmp_path / "run")
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("phase", ["kd", "dgpo"])
+def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
+    flags = ["--phase", phase, "--steps", "2", "--epochs", "0.67", "--eval-every", "0"]
+    one = run(mini, tmp_path / "one", *flags)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29581",
+               str(ROOT / "train.py"), "--config", str(mini / "mini.toml"), "--run-dir", str(tmp_path / "two"), *flags]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE), key
+
+
+def test_a_mistyped_flag_names_its_nearest_match():
+    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--actor-lrr", "1"], capture_output=True, text=True)
+    assert result.returncode == 2 and "actor-lr" in result.stderr
