@@ -33,11 +33,11 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
 
 
 def load(cls: type[T], argv: list[str], *, prog: str, description: str,
-         default_config: str | Path | None = None, shared_preset: bool = False) -> T:
+         default_config: str | Path | None = None, shared: Iterable[str] | None = None) -> T:
     """Settings of type cls; a user's mistake ends the program with one line and exit status 2.
 
-    shared_preset: the preset also serves another program (eval.py reads train.py's), so top-level
-    keys that cls does not have are passed over; the program's own table is checked all the same.
+    shared: for a program that reads another's preset (eval.py reads train.py's): the top-level keys
+    it takes from there; it passes over the others. None: every top-level key must be a field.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
@@ -64,11 +64,12 @@ def load(cls: type[T], argv: list[str], *, prog: str, description: str,
         if given.config is not None and str(given.config) != "none":
             layers = _layers(Path(given.config), fields, Path(prog).stem, flags.get("phase"))
             for place, table in layers:
-                skip = shared_preset and place == str(given.config)
                 for key, value in table.items():
+                    if shared is not None and place == str(given.config) and key not in shared:
+                        continue
                     if key in fields:
                         values[key] = _convert(value, hints[key], f"{place}: {key}", text=False)
-                    elif not skip:
+                    else:
                         raise ValueError(f"{place}: got an unknown key {key}, expected a setting "
                                          f"of {prog}{_nearest(key, fields)}")
         values |= flags
@@ -119,7 +120,7 @@ def _layers(path: Path, fields: dict, program: str, phase: str | None) -> list[t
 
 
 def _convert(value: Any, hint: Any, where: str, *, text: bool = True) -> Any:
-    """A TOML value or a flag's text as the field's type; in TOML only an int for a float converts."""
+    """A TOML value or a flag's text as the field's type; of TOML, only int to float converts."""
     kind, *rest = [option for option in get_args(hint) if option is not type(None)] or [hint]
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_convert(item, kind, where, text=text) for item in value)

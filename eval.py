@@ -1,0 +1,324 @@
+"""Measuring: exact match, F1, hit ratio and searches per question set, tables, intervals, curves.
+
+The average is the paper's: the unweighted mean over the sets (Table 2). Beside it stands the mean
+over all questions.
+
+Departures from the official evaluation
+1. Every row counts; the official loader drops the last incomplete batch.
+2. Greedy by default. The official validation samples at temperature 1: compare with the paper's
+   numbers under --temperature 1.
+3. The answer and the passages come from the recorded episode, not from a search in its text (the
+   official scorer reads an answer from the prompt, and its per-set search counts are misaligned).
+
+    python eval.py --model runs/dgpo [--temperature 1] [--questions FILE ...] [--out DIR]
+    python eval.py table RESULT.json ...                 # one row each, the paper's columns
+    python eval.py compare A.json B.json                 # A - B, paired bootstrap
+    python eval.py compare A0.json A1.json --against B0.json B1.json     # several seeds a side
+    python eval.py plot runs/dgpo/metrics.jsonl ... --out curve.png
+
+An evaluation writes DIR/result.json (summary), .jsonl (a line for each question), .csv and .txt.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import config
+from config import setting
+from data import TEST_SETS, Question, f1, hit, load_questions
+from model import Tokenizer, load_decoder
+from retriever import Retriever
+from rollout import STATUSES, Episode, Policy, RolloutSettings, generate, save_episodes
+
+ROOT = Path(__file__).resolve().parent
+NAMES = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA",
+         "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # as in Table 2
+MEASURES = ("em", "f1", "hit", "searches", "agent_tokens", *STATUSES)
+# What evaluation takes from a training preset: what is searched and how an episode runs, never how
+# training samples (temperature, seed) nor what it trains on.
+SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
+          "max_obs_tokens", "max_context_tokens", "rollout_rows")
+
+
+@dataclass
+class EvalSettings(RolloutSettings):
+    temperature: float = setting(0.0, "0: greedy; 1: as the official evaluation samples")
+    model: str = setting("runs/dgpo", "checkpoint to measure (folder or hub id)")
+    name: str = setting("", "its name in tables; empty: the last part of model")
+    questions: tuple[str, ...] = setting(
+        tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS), "question files, JSONL")
+    limit: int | None = setting(None, "the first questions of each file alone")
+    corpus: str = setting("world/corpus.jsonl", "passages, JSONL")
+    encoder: str = setting("world/encoder", "checkpoint of the passage encoder")
+    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
+    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
+    dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
+    seed: int = setting(0, "sampling noise, at a temperature above 0")
+    out: str = setting("", "folder to write; empty: runs/eval/<name>")
+    episodes: bool = setting(False, "also write every episode, token by token, to episodes.jsonl")
+
+
+# ---- one evaluation ----
+
+
+def evaluate(
+    policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]],
+    settings: RolloutSettings, *, seed: int = 0, progress: bool = False,
+    keep: list[Episode] | None = None,
+) -> dict[str, Any]:
+    """Answer every question. Returns {"sets": {name: measures}, "average": over sets, "all": over
+    questions, "scores": one row for each question}; `keep` collects the episodes."""
+    rows = []
+    for name, questions in question_sets.items():
+        # The noise depends on the set's name, so that one set's result is the same whatever else is measured.
+        episodes = generate(policy, retriever, questions, settings, progress=name if progress else "",
+                            seed=seed + zlib.crc32(name.encode()))
+        rows += [score(name, episode) for episode in episodes]
+        if keep is not None:
+            keep += episodes
+    return summarize(rows) | {"scores": rows}
+
+
+def score(name: str, episode: Episode) -> dict[str, Any]:
+    """What one episode counts for; from its record alone, never from its text."""
+    golds = episode.question.golden_answers
+    return {
+        "set": name, "id": episode.question.id, "em": episode.score, "f1": f1(episode.answer, golds),
+        "hit": float(any(hit(passages, golds) for passages in episode.passages)),
+        "searches": episode.num_searches, "agent_tokens": episode.num_agent_tokens,
+        "status": episode.status, "answer": episode.answer,
+    }  # fmt: skip
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of every measure: for each set, over the sets, over all questions."""
+    def means(some: list[dict[str, Any]]) -> dict[str, float]:
+        values = [row | {status: row["status"] == status for status in STATUSES} for row in some]
+        return {"n": len(some)} | {m: float(np.mean([v[m] for v in values])) for m in MEASURES}
+
+    if not rows:
+        raise ValueError("evaluate: got no questions, expected at least one")
+    names = sort_sets({row["set"] for row in rows})
+    sets = {name: means([row for row in rows if row["set"] == name]) for name in names}
+    average = {m: float(np.mean([values[m] for values in sets.values()])) for m in MEASURES}
+    return {"sets": sets, "average": {"n": len(rows)} | average, "all": means(list(rows))}
+
+
+def sort_sets(names: set[str]) -> list[str]:
+    """The paper's order, then others by name."""
+    return [n for n in TEST_SETS if n in names] + sorted(names - set(TEST_SETS))
+
+
+def read_sets(paths: Sequence[str], limit: int | None) -> dict[str, list[Question]]:
+    """Question files by the set that their rows name."""
+    sets: dict[str, list[Question]] = {}
+    for path in paths:
+        for question in load_questions(path, limit=limit):
+            sets.setdefault(question.source, []).append(question)
+    for name, questions in sets.items():
+        if len({q.id for q in questions}) < len(questions):
+            raise ValueError(f"questions: got ids of set {name} more than once, expected each file "
+                             "to be another set or another part; drop one of the files")
+    return {name: sets[name] for name in sort_sets(set(sets))}
+
+
+def save_result(result: dict[str, Any], out: Path) -> None:
+    """result.json, .jsonl, .csv and .txt."""
+    out.mkdir(parents=True, exist_ok=True)
+    summary = {key: value for key, value in result.items() if key != "scores"}
+    with (out / "result.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result["scores"])
+    with (out / "result.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "set", "n", *MEASURES])
+        parts = result["sets"] | {"average over sets": result["average"], "all questions": result["all"]}
+        for part, values in parts.items():
+            writer.writerow([result["name"], part, *(values[key] for key in ("n", *MEASURES))])
+    (out / "result.txt").write_text(table([result]) + "\n\n" + details(result) + "\n", encoding="utf-8")
+    (out / "result.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- tables ----
+
+
+def table(results: Sequence[dict[str, Any]], measure: str = "em") -> str:
+    """One row for each result, in the shape of the paper's Table 2."""
+    names = sort_sets({name for result in results for name in result["sets"]})
+    lines = [["", *(NAMES.get(name, name) for name in names), "Avg."]]
+    partial = False
+    for result in results:
+        cells = [f"{result['sets'][name][measure]:.3f}" if name in result["sets"] else "-" for name in names]
+        partial |= "-" in cells
+        lines.append([result["name"], *cells, f"{result['average'][measure]:.3f}{'*' * ('-' in cells)}"])
+    return align(lines) + ("\n* average over the sets shown in its row" if partial else "")
+
+
+def details(result: dict[str, Any]) -> str:
+    """Every measure of one result; the statuses as shares of the episodes."""
+    lines = [["", "n", *MEASURES]]
+    parts = {NAMES.get(name, name): values for name, values in result["sets"].items()}
+    for part, values in (parts | {"Avg. of sets": result["average"], "All questions": result["all"]}).items():
+        lines.append([part, str(values["n"]), *(f"{values[m]:.{3 if m != 'agent_tokens' else 1}f}" for m in MEASURES)])
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+             for line in lines]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+# ---- comparisons ----
+
+
+def bootstrap(
+    differences: dict[str, np.ndarray], *, resamples: int = 10_000, seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
+    """Paired bootstrap of a mean difference: {set: (mean, low, high)}, with "average" over the sets
+    and "all" over the questions; 95 % percentile intervals.
+
+    differences: for each set, one number a question. Questions are drawn anew within their set, so
+    the sets keep their sizes. n draws with replacement from n values are one multinomial draw over
+    the distinct values, of which there are few.
+    """
+    rng = np.random.default_rng(seed)
+    means = {}  # [R] for each set
+    for name, values in differences.items():
+        distinct, counts = np.unique(values, return_counts=True)
+        drawn = rng.multinomial(len(values), counts / len(values), size=resamples)  # [R, distinct]
+        means[name] = drawn @ distinct / len(values)
+    sizes = np.array([len(values) for values in differences.values()])
+    stacked = np.stack(list(means.values()))  # [sets, R]
+    centres = np.array([values.mean() for values in differences.values()])
+    samples = means | {"average": stacked.mean(0), "all": sizes @ stacked / sizes.sum()}
+    centre = dict(zip(differences, centres, strict=True))
+    centre |= {"average": centres.mean(), "all": sizes @ centres / sizes.sum()}
+    return {name: (float(centre[name]), *map(float, np.percentile(drawn, [2.5, 97.5])))
+            for name, drawn in samples.items()}
+
+
+def compare(left: Sequence[Path], right: Sequence[Path], measure: str = "em") -> dict[str, tuple[float, float, float]]:
+    """left - right on the same questions; several files of a side are seeds, averaged first."""
+    sides = [_mean_scores(paths, measure) for paths in (left, right)]
+    if sides[0].keys() != sides[1].keys():
+        raise ValueError(f"compare: got {len(sides[0])} and {len(sides[1])} questions, "
+                         f"{len(sides[0].keys() & sides[1].keys())} of them shared, expected the same "
+                         "questions on both sides; evaluate both on the same files")
+    names = sort_sets({name for name, _ in sides[0]})
+    return bootstrap({name: np.array([sides[0][key] - sides[1][key] for key in sides[0] if key[0] == name])
+                      for name in names})
+
+
+def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], float]:
+    """(set, id) -> mean over the files."""
+    files = []
+    for path in (path.with_suffix(".jsonl") for path in paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, expected the scores that eval.py writes beside the result")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        files.append({(row["set"], row["id"]): float(row[measure]) for row in rows})
+        if files[-1].keys() != files[0].keys():
+            raise ValueError(f"{path}: got other questions than {paths[0]}, expected the same for every seed")
+    return {key: sum(file[key] for file in files) / len(files) for key in files[0]}
+
+
+def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
+    """Score against step: the rollouts' score as a line, validation scores as points."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError("plot: matplotlib is not installed; run pip install matplotlib") from None
+    matplotlib.use("Agg")  # also where there is no display
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for i, path in enumerate(map(Path, paths)):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        label = path.parent.name
+        for key, style in (("rollout/score", "-"), ("eval/score", "o")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                kind = "validation" if key == "eval/score" else "rollouts"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=f"{label}: {kind}")
+    if not axes.lines:
+        pyplot.close(figure)
+        raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, expected rollout/score or eval/score")
+    axes.set(xlabel="step", ylabel="exact match (sampled)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+# ---- the program ----
+
+
+def run(settings: EvalSettings) -> dict[str, Any]:
+    """Load, evaluate, write, print."""
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = settings.name or Path(settings.model).name
+    out = Path(settings.out or f"runs/eval/{name}")
+    sets = read_sets(settings.questions, settings.limit)  # first: mistakes in it show before the long loads
+    decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype), device=device)
+    policy = Policy(decoder, Tokenizer.load(settings.model))
+    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
+    episodes: list[Episode] = []
+    result = evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True, keep=episodes)
+    result = {"name": name, "settings": asdict(settings)} | result
+    save_result(result, out)
+    config.save(settings, out / "run.json")
+    if settings.episodes:
+        save_episodes(out / "episodes.jsonl", episodes, policy.tokenizer)
+    print((out / "result.txt").read_text(encoding="utf-8") + f"\nwrote {out}/result.json, .jsonl, .csv, .txt")
+    return result
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] not in ("table", "compare", "plot"):
+        text = "Measure a model on question sets. Also: eval.py {table,compare,plot} --help."
+        run(config.load(EvalSettings, argv, prog="eval.py", description=text,
+                        default_config=ROOT / "configs" / "world.toml", shared=SHARED))
+        return
+    parser = argparse.ArgumentParser(f"eval.py {argv[0]}", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path, help="metrics.jsonl of runs, or result.json of evaluations")
+    if argv[0] == "plot":
+        parser.add_argument("--out", default="curve.png", help="picture to write (default curve.png)")
+    else:
+        parser.add_argument("--measure", default="em", choices=MEASURES[:5])
+    if argv[0] == "compare":
+        parser.add_argument("--against", nargs="+", type=Path, help="the other side, when a side has several seeds")
+    given = parser.parse_args(argv[1:])
+    if argv[0] == "plot":
+        plot_curves(given.files, given.out)
+        return
+    if argv[0] == "table":
+        print(table([json.loads(path.read_text(encoding="utf-8")) for path in given.files], given.measure))
+        return
+    left, right = given.files, given.against
+    if right is None:
+        if len(left) != 2:
+            parser.error(f"got {len(left)} files, expected A.json B.json; for several seeds use --against")
+        left, right = left[:1], left[1:]
+    lines = [[f"{given.measure}: difference", "mean", "95 % low", "high"]]
+    for name, numbers in compare(left, right, given.measure).items():
+        shown = {"average": "Avg. of sets", "all": "All questions"}.get(name, NAMES.get(name, name))
+        lines.append([shown, *(f"{number:+.4f}" for number in numbers)])
+    print(align(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"eval.py: {error}")
