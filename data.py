@@ -1,19 +1,19 @@
 """Questions: files, prompts, answer normalisation and scores.
 
-Eq. 3 (the reward is 1 when the answer equals a gold answer) -> exact_match; the paper's hit ratio -> hit.
+Eq. 3 (reward 1 when the answer equals a gold answer) -> exact_match; the paper's hit ratio -> hit.
 
 Departures from the official code:
-1. Question ids carry their data set ("nq_train_0"). NQ and HotpotQA both count from 0, so that bare ids would put
-   two questions into one GRPO group and pair the wrong rows in a bootstrap.
-2. Every row is kept: the official loader drops the last incomplete batch, and with it a Bamboogle question.
+1. Question ids carry their data set ("nq_train_0"): NQ and HotpotQA both count from 0, and bare ids
+   would put two questions into one GRPO group and pair the wrong rows in a bootstrap.
+2. Every row is kept; the official loader drops the last batch, and with it a Bamboogle question.
 3. hit compares normalised text; the official count is case-sensitive.
 
-Files are JSON lines: FlashRAG rows {"id", "question", "golden_answers", "metadata"}, or Search-R1 rows, where
-"prompt", "data_source" and "reward_model" hold the same. "dataset" or "data_source" names the set, else the file
-does. Parquet is not read (no package of this project does). Bytes that are not UTF-8 and lone surrogates (a JSON
-escape can write them; no tokenizer takes them) become U+FFFD.
+Files are JSON lines: FlashRAG rows {"id", "question", "golden_answers", "metadata"}, or Search-R1
+rows, where "prompt", "data_source" and "reward_model" hold the same. "dataset" or "data_source"
+names the set, else the file does. Parquet is not read. Bytes that are not UTF-8, and lone surrogates
+(a JSON escape can write them; no tokenizer takes them), become U+FFFD.
 
-    python data.py prepare --flashrag DIR --out DIR      # DIR/nq/{train,dev,test}.jsonl ... -> train and test files
+    python data.py prepare --flashrag DIR --out DIR   # DIR/nq/test.jsonl ... -> OUT/nq.jsonl ...
 """
 
 import argparse
@@ -25,13 +25,13 @@ import string
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-# The published rows of each set (Jin et al. 2025, paper Table 9): `prepare` prints them beside what it found.
+# Rows of the published sets (paper Table 9): `prepare` prints them beside what it found.
 TRAIN_SETS = {"nq": 79_168, "hotpotqa": 90_447}
 TEST_SETS = {
     "nq": 3_610, "triviaqa": 11_313, "popqa": 14_267,
@@ -39,17 +39,18 @@ TEST_SETS = {
 }  # fmt: skip
 TEST_SPLITS = ("test", "dev", "train")  # the first of these that a set has
 
-# Paper Table 7, without the blanks and the full stop that its type-setting puts around tags and placeholder. The
-# published checkpoints were trained on other words: those of their data rows (--prompt row, or a file).
+# Paper Table 7, less the blanks and the full stop that type-setting put around tags and placeholder.
+# Published checkpoints know other words: those in their data rows (prompt "row", or a file).
 PAPER_PROMPT = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
-    "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> "
-    "query </search>, and it will return the top searched results between <information> and </information>. You can "
-    "search as many times as you want. If you find no further external knowledge needed, you can directly provide "
-    "the answer inside <answer> and </answer> without detailed illustrations. For example, <answer> xxx </answer>. "
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every "
+    "time you get new information. After reasoning, if you find you lack some knowledge, you can call "
+    "a search engine by <search> query </search>, and it will return the top searched results between "
+    "<information> and </information>. You can search as many times as you want. If you find no "
+    "further external knowledge needed, you can directly provide the answer inside <answer> and "
+    "</answer> without detailed illustrations. For example, <answer> xxx </answer>. "
     "Question: {question}"
 )
-SHORT_PROMPT = "{question}"  # the embedded world: its models know the protocol and no English instruction
+SHORT_PROMPT = "{question}"  # the embedded world: its models know the protocol, and no English
 PROMPTS = {"paper": PAPER_PROMPT, "short": SHORT_PROMPT}
 
 
@@ -61,66 +62,65 @@ class Question:
     source: str  # the data set's name
     prompt: list[dict[str, str]] | None = None  # chat messages that came with the row
     metadata: dict[str, Any] = field(default_factory=dict)
-    context: list[dict[str, Any]] | None = None  # gold and distractor paragraphs: title, text, is_supporting
+    context: list[dict[str, Any]] | None = None  # paragraphs: title, text, is_supporting
 
 
 class Document(Protocol):
-    """What hit needs of a passage."""
+    """What `hit` reads of a passage."""
 
-    @property
-    def title(self) -> str: ...
-    @property
-    def text(self) -> str: ...
+    title: str
+    text: str
 
 
 # ---- files ----
 
 
 def load_questions(path: Path | str, *, limit: int | None = None) -> list[Question]:
-    """The (first `limit`) questions of a JSON-lines file, in its order."""
+    """The (first `limit`) questions of a JSON-lines file, in its order, all ids different."""
     path = Path(path)
-    if path.suffix == ".parquet":
-        raise ValueError(
-            f"{path}: got a parquet file, expected JSON lines; convert it once, where pandas is installed: "
-            "pandas.read_parquet(source).to_json(target, orient='records', lines=True)"
-        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1, or none for all rows")
-    questions: list[Question] = []
-    taken: set[str] = set()
+    questions: dict[str, Question] = {}
     for number, row in read_rows(path):
-        question = _question(row, default_source=path.stem, default_id=str(len(questions)), where=f"{path}:{number}")
-        if question.id in taken:
-            copy = next(i for i in range(2, len(taken) + 3) if f"{question.id}_{i}" not in taken)
-            question = Question(**{**vars(question), "id": f"{question.id}_{copy}"})
-        taken.add(question.id)
-        questions.append(question)
+        question = parse_question(row, path.stem, str(len(questions)), f"{path}:{number}")
+        name, copy = question.id, 1
+        while name in questions:
+            copy += 1
+            name = f"{question.id}_{copy}"
+        questions[name] = replace(question, id=name)
         if len(questions) == limit:
             break
-    if not questions:
-        raise ValueError(f"{path}: got no questions, expected at least one line")
-    return questions
+    return list(questions.values())
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a file of JSON objects; blank lines are passed over."""
+    """(line number, row) of a file with one JSON object a line; blank lines are passed over."""
+    if path.suffix == ".parquet":
+        raise ValueError(
+            f"{path}: got a parquet file, expected JSON lines; convert it where pandas is installed: "
+            "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)"
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: got no such file, expected a file of questions (JSON lines)")
+        raise FileNotFoundError(f"{path}: got no such file, expected questions (JSON lines)")
+    is_empty = True
     with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = _clean(json.loads(line))
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: got no valid JSON ({error}), expected one object a line") from error
+                raise ValueError(f"{path}:{number}: got no valid JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: got a {type(row).__name__}, expected a JSON object")
-            yield number, row
+                raise ValueError(f"{path}:{number}: got {line[:60]!r}, expected a JSON object")
+            is_empty = False
+            yield number, _clean(row)
+    if is_empty:
+        raise ValueError(f"{path}: got no rows, expected at least one question")
 
 
 def _clean(value: Any) -> Any:
-    """The value with every lone surrogate replaced by U+FFFD."""
+    """The JSON value with lone surrogates in its strings replaced."""
     if isinstance(value, str):
         return re.sub("[\ud800-\udfff]", "\ufffd", value)
     if isinstance(value, list):
@@ -130,68 +130,66 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def _question(row: dict[str, Any], *, default_source: str, default_id: str, where: str) -> Question:
-    def take(key: str, kind: type, expected: str, given: Any) -> Any:
-        if not isinstance(given, kind):
-            got = "nothing" if given is None else f"{type(given).__name__} {str(given)[:60]!r}"
-            raise ValueError(f"{where}: got {got} for {key}, expected {expected}")
-        return given
+def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Question:
+    """A row in either format; `source` and `id` stand in for those it does not have."""
 
-    source = take("dataset", str, "a name", row.get("dataset") or row.get("data_source") or default_source)
-    prompt = row.get("prompt")
-    if prompt is not None:
-        for message in take("prompt", list, "a list of {role, content}", prompt):
-            take("prompt", dict, "a list of {role, content}", message)
-            take("prompt role", str, "a string", message.get("role"))
-            take("prompt content", str, "a string", message.get("content"))
-    text = row.get("question")
-    if text is None and prompt:  # Search-R1 rows may hold the question in the prompt alone, after this word
+    def check(ok: bool, key: str, value: Any, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{where}: got {str(value)[:60]!r} for {key}, expected {expected}")
+
+    def objects(key: str, inner: tuple[str, ...]) -> list[dict[str, Any]] | None:
+        value = row.get(key)
+        ok = value is None or isinstance(value, list) and all(
+            isinstance(v, dict) and all(isinstance(v.get(k), str) for k in inner) for v in value
+        )
+        check(ok, key, value, f"a list of objects with the strings {' and '.join(inner)}")
+        return value or None
+
+    source = row.get("dataset") or row.get("data_source") or source
+    check(isinstance(source, str), "dataset", source, "a name")
+    prompt, context = objects("prompt", ("role", "content")), objects("context", ("title", "text"))
+    text, answers = row.get("question"), row.get("golden_answers")
+    if text is None and prompt:  # some Search-R1 rows hold the question in the prompt alone
         text = prompt[-1]["content"].rpartition("Question:")[2].strip()
-    take("question", str, "a string", text)
-    answers = row.get("golden_answers")
-    if answers is None:
-        reward = row.get("reward_model")
-        truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    check(isinstance(text, str) and bool(text.strip()), "question", text, "a text")
+    if answers is None and isinstance(reward := row.get("reward_model"), dict):
+        truth = reward.get("ground_truth")
         answers = truth.get("target") if isinstance(truth, dict) else None
-    for answer in take("golden_answers", list, "a list of strings", answers):
-        take("golden_answers", str, "a list of strings", answer)
-    if not answers:
-        raise ValueError(f"{where}: got an empty list for golden_answers, expected at least one answer")
-    metadata = take("metadata", dict, "an object", row.get("metadata") or {})
-    context = row.get("context")
-    if context is not None:
-        for paragraph in take("context", list, "a list of {title, text}", context):
-            take("context", dict, "a list of {title, text}", paragraph)
-    name = str(default_id if row.get("id") is None else row["id"])
-    name = name if name.startswith(f"{source}_") else f"{source}_{name}"
-    return Question(name, text, tuple(answers), source, prompt, metadata, context)
+    ok = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
+    check(bool(ok), "golden_answers", answers, "a list of one or more strings")
+    metadata = row.get("metadata") or {}
+    check(isinstance(metadata, dict), "metadata", metadata, "an object")
+    id = id if row.get("id") is None else str(row["id"])
+    id = id if id.startswith(f"{source}_") else f"{source}_{id}"
+    return Question(id, text, tuple(answers), source, prompt, metadata, context)
 
 
 # ---- prompts ----
 
 
 def build_messages(question: Question, prompt: str) -> list[dict[str, str]]:
-    """The chat that opens an episode; prompt: "paper", "short", "row" (the data row's own), or a file's path.
+    """The chat that opens an episode; prompt is "paper", "short", "row" (the row's own) or a file.
 
-    The question is stripped and gets a question mark where it has none, as in the official data.
+    The question is stripped and ends with a question mark, as in the official data.
     """
     if prompt == "row":
-        if not question.prompt:
-            raise ValueError(f"question {question.id}: got no prompt in its row; use --prompt paper, short or a file")
+        if question.prompt is None:
+            raise ValueError(f"{question.id}: got a row without prompt; use paper, short or a file")
         return [dict(message) for message in question.prompt]
     text = question.question.strip()
     text = text if text.endswith("?") else text + "?"
     template = PROMPTS[prompt] if prompt in PROMPTS else _template(prompt)
-    return [{"role": "user", "content": template.replace("{question}", text)}]  # not str.format: braces are text
+    # not str.format: braces in a template are text
+    return [{"role": "user", "content": template.replace("{question}", text)}]
 
 
 @functools.cache
 def _template(path: str) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"prompt: got {path!r}, expected paper, short, row or the path of a text file")
+        raise FileNotFoundError(f"prompt: got {path!r}, expected paper, short, row or a text file")
     text = Path(path).read_text(encoding="utf-8")
     if "{question}" not in text:
-        raise ValueError(f"{path}: got a prompt without {{question}}; write {{question}} where the question belongs")
+        raise ValueError(f"{path}: got no {{question}}, expected it where the question belongs")
     return text
 
 
@@ -205,7 +203,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
-    """Eq. 3: 1 if the normalised prediction equals any normalised gold answer; no prediction scores 0."""
+    """Eq. 3: 1 if prediction and any gold answer are equal when normalised; None scores 0."""
     if prediction is None:
         return 0.0
     answer = normalize_answer(prediction)
@@ -216,22 +214,18 @@ def f1(prediction: str | None, golds: Sequence[str]) -> float:
     """SQuAD's F1 of the normalised words, the best over the gold answers (not in paper)."""
     if prediction is None:
         return 0.0
-    words = normalize_answer(prediction).split()
-    best = 0.0
-    for gold in golds:
-        gold_words = normalize_answer(gold).split()
-        common = sum((Counter(words) & Counter(gold_words)).values())
-        if words and gold_words:
-            best = max(best, 2 * common / (len(words) + len(gold_words)))
-        elif words == gold_words:
-            best = 1.0
+    words, best = normalize_answer(prediction).split(), 0.0
+    for gold_words in (normalize_answer(gold).split() for gold in golds):
+        common = (Counter(words) & Counter(gold_words)).total()
+        both = len(words) + len(gold_words)
+        best = max(best, 2 * common / both if both else 1.0)
     return best
 
 
 def hit(passages: Iterable[Document], golds: Sequence[str]) -> bool:
     """Whether a passage contains a gold answer, both normalised.
 
-    A gold answer of articles and punctuation alone normalises to nothing, which every text contains: no hit.
+    A gold answer that normalises to nothing ("The") would be in every text: it hits none.
     """
     wanted = [gold for gold in map(normalize_answer, golds) if gold]
     texts = [normalize_answer(f"{passage.title} {passage.text}") for passage in passages]
@@ -242,57 +236,50 @@ def hit(passages: Iterable[Document], golds: Sequence[str]) -> bool:
 
 
 def prepare(flashrag: Path, out: Path) -> None:
-    """FlashRAG's folders -> OUT/train.jsonl (NQ + HotpotQA) and OUT/<set>.jsonl for the seven test sets."""
-    train = {name: flashrag / name / "train.jsonl" for name in TRAIN_SETS}
-    test = {}
+    """FlashRAG's folders -> OUT/train.jsonl (NQ, then HotpotQA) and OUT/NAME.jsonl for seven tests."""
+    jobs = {"train": {name: flashrag / name / "train.jsonl" for name in TRAIN_SETS}}
     for name in TEST_SETS:
         files = [flashrag / name / f"{split}.jsonl" for split in TEST_SPLITS]
-        test[name] = next((file for file in files if file.is_file()), files[0])
-    if missing := [str(file) for file in [*train.values(), *test.values()] if not file.is_file()]:
+        jobs[name] = {name: next((file for file in files if file.is_file()), files[0])}
+    missing = [str(file) for job in jobs.values() for file in job.values() if not file.is_file()]
+    if missing:
         raise FileNotFoundError(
-            f"{flashrag}: got no {', '.join(missing)}; expected FlashRAG's layout NAME/{{train,dev,test}}.jsonl; "
-            "download the sets of RUC-NLPIR/FlashRAG_datasets"
+            f"{flashrag}: got no {', '.join(missing)}; expected FlashRAG's layout "
+            "NAME/{train,dev,test}.jsonl; download it: RUC-NLPIR/FlashRAG_datasets"
         )
     out.mkdir(parents=True, exist_ok=True)
-    # Training rows go without metadata: HotpotQA's holds ten paragraphs a question, half a gigabyte in all.
-    _convert(train, out / "train.jsonl", published=sum(TRAIN_SETS.values()), with_metadata=False)
-    for name, file in test.items():
-        _convert({name: file}, out / f"{name}.jsonl", published=TEST_SETS[name], with_metadata=True)
+    for name, job in jobs.items():
+        published = TEST_SETS.get(name, sum(TRAIN_SETS.values()))
+        # HotpotQA's training metadata is ten paragraphs a question, half a gigabyte: left out.
+        count = _convert(job, out / f"{name}.jsonl", drop="metadata" if name == "train" else "")
+        files = " + ".join(f"{file.parent.name}/{file.name}" for file in job.values())
+        print(f"{name}.jsonl: {count} questions from {files} (published: {published})")
 
 
-def _convert(files: dict[str, Path], target: Path, *, published: int, with_metadata: bool) -> None:
-    """Rows of the files, checked and with unique ids, into one file that is whole or absent."""
-    partial, counts = target.with_name(target.name + ".partial"), Counter[str]()
+def _convert(files: dict[str, Path], target: Path, *, drop: str) -> int:
+    """The files' rows, checked and with unique ids, in one file that is whole or absent."""
+    partial, taken = target.with_name(target.name + ".partial"), set[str]()
     with partial.open("w", encoding="utf-8", newline="\n") as output:
         for name, file in files.items():
-            taken: set[str] = set()
-            for number, row in tqdm(read_rows(file), desc=f"{name} {file.stem}", unit=" rows", leave=False):
-                question = _question(
-                    row | {"dataset": name}, default_source=name, default_id=f"{file.stem}_{counts[name]}",
-                    where=f"{file}:{number}",
-                )  # fmt: skip
+            rows = tqdm(read_rows(file), desc=f"{name} {file.stem}", unit=" rows", leave=False)
+            for number, row in rows:
+                where, row = f"{file}:{number}", row | {"dataset": name}
+                question = parse_question(row, name, f"{file.stem}_{number - 1}", where)
                 if question.id in taken:
-                    raise ValueError(f"{file}:{number}: got id {question.id} twice, expected unique ids within a set")
+                    raise ValueError(f"{where}: got id {question.id} again, expected unique ids")
                 taken.add(question.id)
-                counts[name] += 1
-                record = {"id": question.id, "question": question.question, "dataset": name}
-                record |= {"golden_answers": question.golden_answers}
-                record |= {"metadata": question.metadata} if with_metadata else {}
-                output.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if not counts[name]:
-                raise ValueError(f"{file}: got no questions, expected at least one line")
+                row = {key: value for key, value in row.items() if key != drop}
+                output.write(json.dumps(row | {"id": question.id}, ensure_ascii=False) + "\n")
     os.replace(partial, target)
-    found = " + ".join(f"{count} {name}" for name, count in counts.items())
-    splits = "/".join(sorted({file.stem for file in files.values()}))
-    print(f"{target}: {counts.total()} questions ({found}; split {splits}; published: {published})")
+    return len(taken)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="make the training mix and the seven test files")
-    command.add_argument("--flashrag", type=Path, required=True, help="folder with nq/, hotpotqa/, ... (FlashRAG)")
-    command.add_argument("--out", type=Path, required=True, help="folder to write train.jsonl and the test files to")
+    command.add_argument("--flashrag", type=Path, required=True, help="folder with nq/, popqa/, ...")
+    command.add_argument("--out", type=Path, required=True, help="folder for the eight files")
     given = parser.parse_args()
     try:
         prepare(given.flashrag, given.out)
