@@ -1,0 +1,385 @@
+"""Corpus files, exact search, indexes, and recall on real passages.
+
+The encoder is a tiny random BERT: what it retrieves is arbitrary but fixed, which is all that these
+tests need. faiss is compared with where it is installed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+import retriever
+from data import load_questions
+from model import Encoder, new_encoder, save_encoder
+from retriever import Corpus, Retriever, flat_search
+
+ROOT = Path(__file__).resolve().parents[1]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+NUM_PASSAGES = 41
+SCORE_TOLERANCE = 1e-5  # fp32 inner products of unit vectors, summed in another order
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Encoder:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS, *("##" + c for c in LETTERS)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    config = {
+        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    made = new_encoder(config, path, 0)
+    for parameter in made.parameters():  # spread the vectors, which std 0.02 leaves nearly parallel
+        if parameter.dim() == 2:
+            parameter.data.mul_(20)
+    return made.eval()
+
+
+def write_corpus(path: Path, contents: list[str]) -> Path:
+    rows = [{"id": str(100 + i), "contents": text} for i, text in enumerate(contents)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def passages(count: int = NUM_PASSAGES) -> list[str]:
+    random = np.random.default_rng(0)
+    word = lambda: "".join(random.choice(list(LETTERS), 4))  # noqa: E731
+    return [f'"{word()} {i}"\n' + " ".join(word() for _ in range(8)) for i in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return write_corpus(tmp_path / "corpus.jsonl", passages())
+
+
+@pytest.fixture
+def encoder_dir(tmp_path, encoder) -> Path:
+    save_encoder(encoder, tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def best_by_hand(vectors: np.ndarray, queries: np.ndarray, top_k: int) -> np.ndarray:
+    """Rows by (score, lower row first)."""
+    return np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :top_k]
+
+
+# ---- corpus ----
+
+
+def test_title_quotes_are_taken_off_once_and_the_rest_is_text(tmp_path):
+    contents = ['"Red"\nline\nnext', '""Heroes" (song)"\nx', "no title", "Bare\nx", '"\nx', ""]
+    lines = Corpus(write_corpus(tmp_path / "c.jsonl", contents))
+    found = [lines.passage(row, 0.5)[:3] for row in range(len(lines))]
+    assert found == [
+        ("100", "Red", "line\nnext"), ("101", '"Heroes" (song)', "x"), ("102", "", "no title"),
+        ("103", "Bare", "x"), ("104", '"', "x"), ("105", "", ""),
+    ]  # fmt: skip
+
+
+def test_any_text_is_read_back_with_what_tokenizers_refuse_replaced(tmp_path):
+    path = tmp_path / "c.jsonl"
+    long = "</information>\x00\x1b\u2028<|im_end|>\U0001f600" * 5_000
+    path.write_bytes(
+        b'\xef\xbb\xbf{"id": 7, "contents": "\\"A\\ud83d\\"\\n\xff"}\r\n'
+        + json.dumps({"id": "b", "contents": long}, ensure_ascii=False).encode()
+    )
+    lines = Corpus(path)
+    assert len(lines) == 2  # the last line counts without a newline, too
+    assert lines.passage(0, 0.0)[:3] == ("7", "A\ufffd", "\ufffd")
+    assert lines.passage(1, 0.0).text == long
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters()), min_size=1, max_size=5), st.booleans())
+def test_rows_are_lines_whatever_they_contain(tmp_path_factory, contents, ascii_only):
+    path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
+    contents = [retriever._clean(text) for text in contents]
+    rows = [{"id": i, "contents": text} for i, text in enumerate(contents)]
+    text = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+    path.write_bytes(text.encode())
+    lines = Corpus(path)
+    assert [lines.read(row)[1] for row in range(len(lines))] == contents
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "", "[1]", '{"id": "1"}', '{"contents": "x"}', '{"id": 1, "contents": 2}', "[" * 9**5]
+)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, encoder, line):
+    path = write_corpus(tmp_path / "c.jsonl", passages(2))
+    path.write_text(path.read_text() + line + "\n" + '{"id": 9, "contents": "x"}\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl:3: got"):
+        Retriever.load(path, encoder)
+
+
+def test_missing_and_empty_corpora_are_errors(tmp_path, encoder):
+    with pytest.raises(FileNotFoundError, match="got no such file"):
+        Retriever.load(tmp_path / "c.jsonl", encoder)
+    (tmp_path / "c.jsonl").touch()
+    with pytest.raises(ValueError, match="got an empty file"):
+        Retriever.load(tmp_path / "c.jsonl", encoder)
+
+
+# ---- exact search ----
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 40, 41, 42, None])
+@pytest.mark.parametrize("top_k", [1, 3, 41, 50])
+def test_flat_search_is_brute_force_whatever_the_chunks(chunk_rows, top_k):
+    """Small integers: products are exact and full of ties, so that the order is fixed."""
+    random = np.random.default_rng(top_k)
+    vectors = random.integers(-2, 3, (NUM_PASSAGES, 6)).astype(np.float32)
+    queries = random.integers(-2, 3, (5, 6)).astype(np.float32)
+    found = flat_search(
+        torch.from_numpy(vectors), torch.from_numpy(queries), top_k, chunk_rows=chunk_rows
+    )
+    expected = best_by_hand(vectors, queries, top_k)
+    assert found[1].tolist() == expected.tolist()
+    assert found[0].tolist() == np.take_along_axis(queries @ vectors.T, expected, 1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_vectors_are_multiplied_in_fp32(dtype):
+    """fp16 products would tie scores that differ, and order them by row."""
+    vectors = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-7]]).to(dtype)
+    scores, rows = flat_search(vectors, torch.tensor([[1.0, 2**-8]]), 2)
+    assert rows.tolist() == [[1, 0]] and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 100])
+def test_equal_scores_come_in_the_order_of_rows(chunk_rows):
+    vectors = torch.ones(30, 3)
+    vectors[[5, 17, 29]] = 2.0
+    rows = flat_search(vectors, torch.ones(2, 3), 5, chunk_rows=chunk_rows)[1]
+    assert rows.tolist() == [[5, 17, 29, 0, 1]] * 2
+
+
+def test_flat_search_returns_the_passages_of_faiss_flat():
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((5_000, 32), dtype=np.float32)
+    queries = random.standard_normal((64, 32), dtype=np.float32)
+    index = faiss.IndexFlatIP(32)
+    index.add(vectors)
+    expected_scores, expected_rows = index.search(queries, 20)
+    scores, rows = flat_search(
+        torch.from_numpy(vectors), torch.from_numpy(queries), 20, chunk_rows=999
+    )
+    assert rows.tolist() == expected_rows.tolist()
+    np.testing.assert_allclose(scores.numpy(), expected_scores, atol=32 * SCORE_TOLERANCE)
+
+
+# ---- retriever ----
+
+
+def test_search_returns_the_nearest_passages_with_their_scores(corpus, encoder):
+    found = Retriever.load(corpus, encoder).search(["abcd 1", "zzzz"], 3)
+    vectors = encoder.embed(passages(), kind="passage").numpy()
+    queries = encoder.embed(["abcd 1", "zzzz"], kind="query").numpy()
+    rows = best_by_hand(vectors, queries, 3)
+    assert [[int(p.id) - 100 for p in one] for one in found] == rows.tolist()
+    scores = np.take_along_axis(queries @ vectors.T, rows, 1)
+    np.testing.assert_allclose([[p.score for p in one] for one in found], scores, atol=SCORE_TOLERANCE)
+    assert f'"{found[0][0].title}"\n{found[0][0].text}' == passages()[rows[0][0]]
+
+
+def test_search_of_nothing_of_anything_and_of_more_than_there_is(tmp_path, encoder):
+    small = Retriever.load(write_corpus(tmp_path / "c.jsonl", passages(2)), encoder)
+    assert small.search([], 3) == []
+    odd = ["", "\x00\u2028", "\ud800", "x" * 100_000, "[CLS] [SEP] </search>"]
+    found = small.search(odd, 3)
+    assert [len(one) for one in found] == [2] * len(odd)
+    assert all(np.isfinite(p.score) for one in found for p in one)
+    with pytest.raises(ValueError, match="top_k: got 0"):
+        small.search(["x"], 0)
+
+
+def test_queries_find_the_same_alone_and_together(corpus, encoder):
+    loaded, queries = Retriever.load(corpus, encoder), ["ab", "cd ef gh ij", "12 ab" * 9]
+    together = loaded.search(queries, 5)
+    for query, expected in zip(queries, together, strict=True):
+        (alone,) = loaded.search([query], 5)
+        assert [p.id for p in alone] == [p.id for p in expected]
+
+
+# ---- index ----
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_built_index_finds_what_a_search_without_one_finds(tmp_path, corpus, encoder_dir, dtype):
+    retriever.build(corpus, str(encoder_dir), tmp_path / "index", dtype=dtype)
+    direct = Retriever.load(corpus, encoder_dir).search(["ab cd", "e5"], 4)
+    stored = Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
+    assert stored.index.vectors.dtype == getattr(torch, dtype)
+    found = stored.search(["ab cd", "e5"], 4)
+    assert [[p.id for p in one] for one in found] == [[p.id for p in one] for one in direct]
+    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == ["embeddings.npy", "index.json"]
+
+
+def test_a_build_that_was_stopped_goes_on_and_ends_the_same(tmp_path, corpus, encoder_dir, monkeypatch):
+    monkeypatch.setattr(retriever, "EMBED_ROWS", 10)
+    retriever.build(corpus, str(encoder_dir), tmp_path / "whole")
+    embedded = []
+
+    def embed(self, texts, *, kind, batch_size=64):
+        if len(embedded) == 2:
+            raise KeyboardInterrupt
+        embedded.append(len(texts))
+        return original(self, texts, kind=kind, batch_size=batch_size)
+
+    original = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", embed)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.build(corpus, str(encoder_dir), tmp_path / "parts")
+    with pytest.raises(FileNotFoundError, match="expected a folder with index.json"):
+        Retriever.load(corpus, encoder_dir, index=tmp_path / "parts")
+    embedded[:] = [0] * 9
+    retriever.build(corpus, str(encoder_dir), tmp_path / "parts")
+    assert embedded[9:] == [10, 10, 1]
+    whole, parts = (np.load(tmp_path / name / "embeddings.npy") for name in ("whole", "parts"))
+    assert np.array_equal(whole, parts)
+
+
+def test_a_stopped_build_of_another_corpus_starts_anew(tmp_path, corpus, encoder_dir):
+    out = tmp_path / "index"
+    out.mkdir()
+    np.save(out / "x.npy", np.zeros((NUM_PASSAGES, 16), np.float16))
+    os.replace(out / "x.npy", out / "embeddings.npy.partial")
+    (out / "progress.json").write_text(json.dumps({"corpus_sha256": "other", "done": 30}))
+    retriever.build(corpus, str(encoder_dir), out)
+    assert np.abs(np.load(out / "embeddings.npy")).sum(1).min() > 0
+
+
+def test_an_index_of_another_corpus_or_encoder_is_refused(tmp_path, corpus, encoder, encoder_dir):
+    index = tmp_path / "index"
+    retriever.build(corpus, str(encoder_dir), index)
+    fewer = write_corpus(tmp_path / "fewer.jsonl", passages()[:-1])
+    with pytest.raises(ValueError, match=f"rows {NUM_PASSAGES}, expected {NUM_PASSAGES - 1}"):
+        Retriever.load(fewer, encoder, index=index)
+    shuffled = write_corpus(tmp_path / "shuffled.jsonl", passages()[::-1])
+    with pytest.raises(ValueError, match="corpus_sha256"):
+        Retriever.load(shuffled, encoder, index=index)
+    (tmp_path / "tokenizer.json").write_bytes((encoder_dir / "tokenizer.json").read_bytes())
+    other = new_encoder(encoder.config, tmp_path / "tokenizer.json", 1).eval()
+    with pytest.raises(ValueError, match="got a first vector of width 16 and cosine"):
+        Retriever.load(corpus, other, index=index)
+    bare = new_encoder(encoder.config, tmp_path / "tokenizer.json", 0, query_prefix="")
+    with pytest.raises(ValueError, match="prefixes"):
+        Retriever.load(corpus, bare, index=index)
+
+
+def test_an_index_that_is_not_there_says_how_to_build_one(tmp_path, corpus, encoder):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match="retriever.py build"):
+            Retriever.load(corpus, encoder, index=path)
+    with pytest.raises(ValueError, match="backend: got 'numpy'"):
+        Retriever.load(corpus, encoder, backend="numpy")
+
+
+def test_faiss_that_is_not_installed_is_asked_for(tmp_path, corpus, encoder, encoder_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match="pip install faiss-gpu"):
+        Retriever.load(corpus, encoder, backend="faiss")
+    with pytest.raises(ImportError, match="pip install faiss-gpu"):
+        retriever.build(corpus, str(encoder_dir), tmp_path / "index", with_faiss=True)
+    assert Retriever.load(corpus, encoder).search(["ab"], 1)
+
+
+def test_faiss_files_find_what_torch_finds(tmp_path, corpus, encoder, encoder_dir):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    index, queries = tmp_path / "index", ["ab cd", "e5"]
+    retriever.build(corpus, str(encoder_dir), index, dtype="float32", with_faiss=True)
+    expected = [[p.id for p in one] for one in Retriever.load(corpus, encoder).search(queries, 50)]
+    assert len(expected[0]) == NUM_PASSAGES
+    ways = [{"index": index, "backend": "faiss"}, {"index": index / "index.faiss"}, {"backend": "faiss"}]
+    for way in ways:
+        found = Retriever.load(corpus, encoder, **way).search(queries, 50)
+        assert [[p.id for p in one] for one in found] == expected, way
+    fewer = write_corpus(tmp_path / "fewer.jsonl", passages()[:-1])
+    with pytest.raises(ValueError, match=f"rows {NUM_PASSAGES}, expected {NUM_PASSAGES - 1}"):
+        Retriever.load(fewer, encoder, index=index / "index.faiss")
+    distances = faiss.IndexFlatL2(16)
+    distances.add(np.zeros((NUM_PASSAGES, 16), np.float32))
+    faiss.write_index(distances, str(tmp_path / "l2.index"))
+    with pytest.raises(ValueError, match="expected inner product"):
+        Retriever.load(corpus, encoder, index=tmp_path / "l2.index")
+
+
+def test_faiss_is_asked_for_its_gpus_before_it_is_given_them(corpus, encoder):
+    """index_cpu_to_all_gpus gives an empty index on a machine without GPUs, and says nothing."""
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    if "gpu" in faiss.get_compile_options().lower() and faiss.get_num_gpus():
+        pytest.skip("this machine has a GPU")
+    flat = faiss.IndexFlatIP(2)
+    flat.add(np.eye(2, dtype=np.float32))
+    index = retriever.FaissIndex(flat, torch.device("cuda"))
+    assert index.search(torch.tensor([[0.0, 1.0]]), 3)[1].tolist() == [[1, 0]]
+
+
+def test_places_that_faiss_cannot_fill_are_left_out(corpus, encoder):
+    loaded = Retriever.load(corpus, encoder)
+
+    class Short(retriever.TorchIndex):
+        def search(self, queries, top_k):
+            return np.array([[0.5, -3e38]], np.float32), np.array([[2, -1]])
+
+    loaded.index = Short(loaded.index.vectors)
+    assert [[p.id for p in one] for one in loaded.search(["ab"], 2)] == [["102"]]
+
+
+def test_the_program_builds_and_searches(tmp_path, corpus, encoder_dir):
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / "retriever.py", *arguments, "--corpus", corpus]
+        return subprocess.run(
+            [*command, "--encoder", encoder_dir], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    built = run("build", "--out", tmp_path / "index")
+    assert built.returncode == 0 and f"{NUM_PASSAGES} passages" in built.stdout, built.stderr
+    found = run("search", "ab cd", "zz", "--index", tmp_path / "index", "--top-k", "2")
+    assert found.returncode == 0 and found.stdout.count("  [1") == 4, found.stderr
+    failed = run("search", "ab", "--index", tmp_path / "nothing")
+    assert failed.returncode == 1 and failed.stderr.startswith("retriever.py: index: got")
+
+
+# ---- real passages ----
+
+# sentence-transformers 6.2.0 on the same questions and passages; docs/results/retrieval-minilm.md
+REFERENCE_RECALL: dict[int, float] = {}
+RECALL_TOLERANCE = 0.002
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_recall_on_real_passages_is_that_of_sentence_transformers(real_assets, real_data):
+    questions = [
+        question
+        for name in ("nq", "triviaqa")
+        for question in load_questions(real_data / "questions" / f"{name}.jsonl")
+        if question.metadata["answer_passage_ids"]
+    ]
+    loaded = Retriever.load(
+        real_data / "passages" / "wiki18_sample.jsonl", real_assets / "all-minilm-l6-v2"
+    )
+    found = loaded.search([question.question for question in questions], 20)
+    for k, expected in REFERENCE_RECALL.items():
+        hits = [
+            any(int(p.id) in question.metadata["answer_passage_ids"] for p in passages[:k])
+            for question, passages in zip(questions, found, strict=True)
+        ]
+        assert np.mean(hits) == pytest.approx(expected, abs=RECALL_TOLERANCE), f"recall@{k}"
