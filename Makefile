@@ -38,10 +38,10 @@ lint: $(STAMP)    ## check style with ruff
 	$(PY) -m ruff check .
 
 demo: $(STAMP)    ## the whole method on the embedded world: table, picture, episodes (minutes)
-	$(PY) world.py demo
+	$(PY) reproduce.py demo
 
 reproduce-main: $(STAMP)  ## three seeds: DGPO against KD, KD continued, and PPO without the teacher (an hour)
-	$(PY) world.py reproduce
+	$(PY) reproduce.py main
 
 world: $(STAMP)   ## rebuild the shipped world: corpus, questions, tokenizer, encoder, teacher, student
 	$(PY) world.py build

@@ -26,6 +26,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import config
 from config import setting
-from data import Question, build_messages, exact_match, load_questions
+from data import Question, build_messages, exact_match
 from kernels import sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
 from retriever import Passage, Retriever
@@ -458,3 +460,94 @@ def episode_text(episode: Episode, tokenizer: Tokenizer) -> str:
         parts += [bar + line for line in text.split("\n")]
     golds = " / ".join(episode.question.golden_answers) or "unknown"
     return "\n".join(parts) + f"\n  [{episode.status}; answer {episode.answer!r}; gold {golds}]"
+
+
+def demonstration(row: dict, num_passages: int) -> dict:
+    """A hand-written episode from a question with its gold paragraphs (context: title, text, is_supporting).
+
+    The first query is the question, the next ones are titles of supporting paragraphs; every <information> block
+    holds one supporting paragraph among distractors, at a place that depends on the question's id.
+    """
+    gold = [p for p in row["context"] if p["is_supporting"]]
+    others = [p for p in row["context"] if not p["is_supporting"]]
+    start = zlib.crc32(str(row["id"]).encode())
+    segments = []
+    for k, paragraph in enumerate(gold):
+        rest = others[k * (num_passages - 1) : (k + 1) * (num_passages - 1)]
+        place = (start + k) % (len(rest) + 1)
+        shown = [Passage("", p["title"], p["text"], 0.0) for p in (*rest[:place], paragraph, *rest[place:])]
+        thought, query = ("I need to look this up.", row["question"]) if k == 0 else (
+            f"I still need to know about {paragraph['title']}.", paragraph["title"])
+        text = f"<think> {thought} </think>\n<search> {query} </search>"
+        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": observation_text(shown)}]
+    answer = row["golden_answers"][0]
+    thought = f"{' and '.join(p['title'] for p in gold)} tell me that the answer is {answer}."
+    segments.append({"author": "agent", "text": f"<think> {thought} </think>\n<answer> {answer} </answer>"})
+    return {key: row[key] for key in ("id", "question", "golden_answers")} | {"segments": segments}
+
+
+# ---- the program ----
+
+
+@dataclass
+class AskSettings(RolloutSettings):
+    model: str = setting("runs/dgpo", "checkpoint that answers")
+    corpus: str = setting("", "passages, JSONL")
+    encoder: str = setting("", "checkpoint of the passage encoder")
+    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
+    seed: int = setting(0, "sampling noise, when temperature > 0")
+
+
+def ask(words: list[str], argv: list[str]) -> None:
+    """Print one episode."""
+    if not words:
+        sys.exit('rollout.py: got no question; expected: python rollout.py ask "who wrote ..." --model DIR')
+    settings = config.load(AskSettings, argv, prog="rollout.py ask", description="Watch one episode.",
+                           default_config=Path(__file__).parent / "configs" / "world.toml", shared_preset=True)
+    policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
+    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+    question = Question("asked", " ".join(words), (), "asked")
+    [episode] = generate(policy, retriever, [question], settings, seed=settings.seed)
+    print(episode_text(episode, policy.tokenizer))
+
+
+def demonstrate(argv: list[str]) -> None:
+    """Write episodes from questions with gold paragraphs, for phase sft."""
+    parser = argparse.ArgumentParser(prog="rollout.py demonstrate", description=demonstrate.__doc__)
+    parser.add_argument("--gold", nargs="+", required=True, metavar="FILE", help="questions with context, JSONL")
+    parser.add_argument("--out", required=True, metavar="FILE", help="episodes, JSONL")
+    parser.add_argument("--split", default="train", help="keep rows of this split (default train)")
+    parser.add_argument("--passages", type=int, default=3, help="paragraphs in a block (default 3)")
+    options = parser.parse_args(argv)
+    rows = []
+    for path in options.gold:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if row.get("split", options.split) == options.split and any(p["is_supporting"] for p in row["context"]):
+                    rows.append(demonstration(row, options.passages))
+            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+                sys.exit(f"{path}:{number}: got {type(error).__name__}: {error}; expected id, question, golden_answers "
+                         "and context [{title, text, is_supporting}]")
+    Path(options.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{options.out}: {len(rows)} episodes")
+
+
+def main(argv: list[str]) -> None:
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command == "demonstrate":
+        return demonstrate(rest)
+    if command != "ask":
+        sys.exit(__doc__ if command in ("", "-h", "--help") else f"rollout.py: got {command!r}, expected ask or demonstrate")
+    words = []
+    while rest and not rest[0].startswith("--"):
+        words.append(rest.pop(0))
+    ask(words, rest)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"rollout.py: {error}")

@@ -20,7 +20,6 @@ Departures from the official code, with reasons
 Legend: B episodes, T tokens, V vocabulary, D width, N response tokens.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -231,7 +230,6 @@ def distil(run: "Run", student: Policy, teacher: Policy | None, episodes: list[E
         order = shuffled(len(episodes), settings.seed, step // per_epoch)
         at = step % per_epoch * settings.batch_size
         share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
-        num_tokens = torch.tensor(sum(e.num_agent_tokens + 1 for e in share))
         batches = [
             collate([share[i] for i in group], pad_id=student.tokenizer.pad_id,
                     end_of_turn=student.tokenizer.eos_id).to(run.device)
@@ -588,10 +586,13 @@ def main(argv: list[str]) -> None:
     rank, num_processes, device = start_processes(settings)
     torch.manual_seed(settings.seed)
     run = Run(settings, rank, num_processes, device)
-    teacher_dtype = getattr(torch, settings.teacher_dtype)
+    teacher_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.teacher_dtype]
     needs_search = settings.phase != "sft" or settings.eval_every > 0
     retriever, questions, val_questions = None, [], []
     if needs_search:
+        if not (settings.questions and settings.corpus and settings.encoder):
+            raise ValueError(f"phase {settings.phase}: got questions {settings.questions!r}, corpus {settings.corpus!r}, "
+                             f"encoder {settings.encoder!r}, expected all three; give --questions, --corpus and --encoder")
         questions, val_questions = split_questions(settings)
         retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
 
@@ -635,6 +636,5 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"train.py: {error}")
     finally:
-        with contextlib.suppress(Exception):
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Experiments: the whole method on the embedded world, as a demonstration and over three seeds.
+
+    python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
+    python reproduce.py main      three seeds: DGPO against KD, KD continued for the same wall time, KD -> PPO
+                                  without the teacher; paired bootstrap intervals on all test questions
+
+Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
+again, so an interrupted call goes on where it stopped. Two jobs run side by side with one thread each: models this
+small gain little from a second thread. Results: runs/demo and runs/main.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import eval as evaluation
+
+ROOT = Path(__file__).resolve().parent
+SIDE_BY_SIDE = 2
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    flags: Callable[[], list[str]]  # called when the job starts: it may depend on what ran before
+    done: Path  # the file whose presence says that the job has ended well
+    needs: tuple[str, ...] = ()
+
+
+def train_job(name: str, phase: str, folder: Path, *flags: str, needs: tuple[str, ...] = ()) -> Job:
+    command = ["train.py", "--phase", phase, "--run-dir", str(folder), "--overwrite", *flags]
+    return Job(name, lambda: command, folder / "model.safetensors", needs)
+
+
+def eval_job(name: str, model: Path, out: Path, *flags: str, needs: tuple[str, ...] = ()) -> Job:
+    command = ["eval.py", "--model", str(model), "--name", name, "--out", str(out), *flags]
+    return Job(f"eval {out.name}", lambda: command, out / "result.json", needs)
+
+
+def run_jobs(jobs: list[Job], logs: Path) -> None:
+    """Run the jobs in order, SIDE_BY_SIDE at a time, each once its needs are met; stop at the first failure."""
+    logs.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    def run(job: Job) -> str:
+        command = [sys.executable, *job.flags()]
+        print(f"[{time.perf_counter() - started:5.0f} s] {job.name}: {shlex.join(['python', *command[1:]])}", flush=True)
+        log = logs / f"{job.name.replace(' ', '-')}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if code or not job.done.exists():
+            tail = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
+        return job.name
+
+    met = {job.name for job in jobs if job.done.exists()}
+    waiting = [job for job in jobs if job.name not in met]
+    running: set[Future] = set()
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        while waiting or running:
+            for job in [job for job in waiting if met.issuperset(job.needs)][: SIDE_BY_SIDE - len(running)]:
+                waiting.remove(job)
+                running.add(pool.submit(run, job))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            met |= {future.result() for future in finished}
+    print(f"[{time.perf_counter() - started:5.0f} s] all jobs done", flush=True)
+
+
+def seconds(folder: Path) -> float:
+    """Time of a run's steps."""
+    return sum(json.loads(line)["seconds"] for line in (folder / "perf.jsonl").read_text().splitlines())
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def demo(runs: Path) -> None:
+    started = time.perf_counter()
+    episodes = str(runs / "episodes.jsonl")
+    kd, dgpo = runs / "kd", runs / "dgpo"
+    jobs = [
+        Job("episodes", lambda: ["train.py", "--phase", "episodes", "--episodes", episodes], Path(episodes)),
+        eval_job("Student", ROOT / "world/student", runs / "eval-student"),
+        train_job("kd", "kd", kd, "--episodes", episodes, needs=("episodes",)),
+        eval_job("Teacher", ROOT / "world/teacher", runs / "eval-teacher"),
+        train_job("dgpo", "dgpo", dgpo, "--student", str(kd), needs=("kd",)),
+        eval_job("KD", kd, runs / "eval-kd", needs=("kd",)),
+        eval_job("DGPO", dgpo, runs / "eval-dgpo", needs=("dgpo",)),
+    ]
+    run_jobs(jobs, runs / "logs")
+    names = ("student", "teacher", "kd", "dgpo")
+    print("\nExact match, greedy, on all test questions of the embedded world\n")
+    print(evaluation.table([result(runs / f"eval-{name}") for name in names]))
+    evaluation.plot_curves([kd / "metrics.jsonl", dgpo / "metrics.jsonl"], runs / "curve.png")
+    for sample in sorted((dgpo / "samples").iterdir())[-1:]:
+        print(f"\nEpisodes of the last step that kept samples ({sample}); | marks what the agent wrote\n")
+        print(sample.read_text())
+    print(f"Curve: {runs / 'curve.png'}. Everything took {time.perf_counter() - started:.0f} s.")
+
+
+def main_comparison(runs: Path) -> None:
+    def continued(seed: int) -> list[str]:
+        """KD from where it ended, with as many steps as fit into the time DGPO took."""
+        kd, dgpo, episodes = (runs / f"{name}-{seed}" for name in ("kd", "dgpo", "episodes"))
+        num_kd_steps = len((kd / "perf.jsonl").read_text().splitlines())
+        num_steps = math.ceil(seconds(dgpo) / (seconds(kd) / num_kd_steps))
+        epochs = json.loads((kd / "run.json").read_text())["settings"]["epochs"] * num_steps / num_kd_steps
+        return ["train.py", "--phase", "kd", "--run-dir", str(runs / f"kd-continued-{seed}"), "--overwrite",
+                "--student", str(kd), "--episodes", f"{episodes}.jsonl", "--seed", str(seed), "--epochs", f"{epochs:.3f}"]
+
+    jobs: list[Job] = []
+    for seed in SEEDS:
+        episodes, kd = runs / f"episodes-{seed}.jsonl", runs / f"kd-{seed}"
+        same_seed = ("--seed", str(seed))
+        ask_teacher = ["train.py", "--phase", "episodes", "--episodes", str(episodes), *same_seed]
+        jobs += [
+            Job(f"episodes {seed}", lambda flags=ask_teacher: flags, episodes),
+            train_job(f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=(f"episodes {seed}",)),
+            train_job(f"dgpo {seed}", "dgpo", runs / f"dgpo-{seed}", "--student", str(kd), *same_seed,
+                      needs=(f"kd {seed}",)),
+            train_job(f"ppo {seed}", "ppo", runs / f"ppo-{seed}", "--student", str(kd), "--kl-where", "none", *same_seed,
+                      needs=(f"kd {seed}",)),
+            Job(f"kd-continued {seed}", lambda seed=seed: continued(seed),
+                runs / f"kd-continued-{seed}" / "model.safetensors", (f"dgpo {seed}",)),
+        ]
+    methods = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
+    for seed in SEEDS:
+        for method, name in methods.items():
+            jobs.append(eval_job(name, runs / f"{method}-{seed}", runs / f"eval-{method}-{seed}",
+                                 needs=(f"{method} {seed}",)))
+            jobs.append(eval_job(name, runs / f"{method}-{seed}", runs / f"eval-t1-{method}-{seed}", "--temperature", "1",
+                                 needs=(f"{method} {seed}",)))
+    for name in ("student", "teacher"):
+        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-{name}"))
+        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-t1-{name}", "--temperature", "1"))
+    run_jobs(jobs, runs / "logs")
+    report = []
+    for title, prefix in (("greedy", "eval"), ("temperature 1", "eval-t1")):
+        rows = [result(runs / f"{prefix}-{name}") for name in ("student", "teacher")]
+        rows += [result(runs / f"{prefix}-{method}-{seed}") for method in methods for seed in SEEDS]
+        report += [f"Exact match, {title}; one row a seed\n", evaluation.table(rows), ""]
+        report.append(f"DGPO minus the others, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n")
+        ours = [runs / f"{prefix}-dgpo-{seed}" / "result.json" for seed in SEEDS]
+        for method in ("kd", "kd-continued", "ppo"):
+            theirs = [runs / f"{prefix}-{method}-{seed}" / "result.json" for seed in SEEDS]
+            for scope, (mean, low, high) in evaluation.compare(ours, theirs).items():
+                report.append(f"{methods[method]:24} {scope:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        report.append("")
+    times = {m: [round(seconds(runs / f"{m}-{seed}")) for seed in SEEDS] for m in methods}
+    report.append("Seconds of training (one thread, two jobs side by side): "
+                  + "; ".join(f"{methods[m]} {t}" for m, t in times.items()))
+    (runs / "report.txt").write_text("\n".join(report) + "\n")
+    evaluation.plot_curves([runs / f"{m}-{s}" / "metrics.jsonl" for m in ("dgpo", "ppo") for s in SEEDS], runs / "curves.png")
+    print("\n".join(report))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("demo", "main"))
+    parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/<experiment>)")
+    options = parser.parse_args(argv)
+    runs = options.runs or ROOT / "runs" / options.experiment
+    (demo if options.experiment == "demo" else main_comparison)(runs)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except RuntimeError as error:
+        sys.exit(f"reproduce.py: {error}")
