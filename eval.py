@@ -41,10 +41,10 @@ from rollout import STATUSES, Episode, Policy, RolloutSettings, generate, save_e
 
 ROOT = Path(__file__).resolve().parent
 NAMES = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA",
-         "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # as in Table 2
+         "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # Table 2
 MEASURES = ("em", "f1", "hit", "searches", "agent_tokens", *STATUSES)
-# What evaluation takes from a training preset: what is searched and how an episode runs, never how
-# training samples (temperature, seed) nor what it trains on.
+# Taken from a training preset: what is searched and how an episode runs; never how training
+# samples (temperature, seed) nor what it trains on.
 SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
           "max_obs_tokens", "max_context_tokens", "rollout_rows")
 
@@ -79,9 +79,10 @@ def evaluate(
     questions, "scores": one row for each question}; `keep` collects the episodes."""
     rows = []
     for name, questions in question_sets.items():
-        # The noise depends on the set's name, so that one set's result is the same whatever else is measured.
-        episodes = generate(policy, retriever, questions, settings, progress=name if progress else "",
-                            seed=seed + zlib.crc32(name.encode()))
+        # The noise depends on the set's name: its result is the same whatever else is measured.
+        episodes = generate(policy, retriever, questions, settings,
+                            seed=seed + zlib.crc32(name.encode()),
+                            progress=name if progress else "")
         rows += [score(name, episode) for episode in episodes]
         if keep is not None:
             keep += episodes
@@ -92,7 +93,8 @@ def score(name: str, episode: Episode) -> dict[str, Any]:
     """What one episode counts for; from its record alone, never from its text."""
     golds = episode.question.golden_answers
     return {
-        "set": name, "id": episode.question.id, "em": episode.score, "f1": f1(episode.answer, golds),
+        "set": name, "id": episode.question.id, "em": episode.score,
+        "f1": f1(episode.answer, golds),
         "hit": float(any(hit(passages, golds) for passages in episode.passages)),
         "searches": episode.num_searches, "agent_tokens": episode.num_agent_tokens,
         "status": episode.status, "answer": episode.answer,
@@ -140,11 +142,18 @@ def save_result(result: dict[str, Any], out: Path) -> None:
     with (out / "result.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "set", "n", *MEASURES])
-        parts = result["sets"] | {"average over sets": result["average"], "all questions": result["all"]}
-        for part, values in parts.items():
+        for part, values in _parts(result).items():
             writer.writerow([result["name"], part, *(values[key] for key in ("n", *MEASURES))])
-    (out / "result.txt").write_text(table([result]) + "\n\n" + details(result) + "\n", encoding="utf-8")
-    (out / "result.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = f"{table([result])}\n\n{details(result)}\n"
+    (out / "result.txt").write_text(text, encoding="utf-8")
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    (out / "result.json").write_text(text, encoding="utf-8")
+
+
+def _parts(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The sets and the two means below them, by the names that tables show."""
+    parts = {NAMES.get(name, name): values for name, values in result["sets"].items()}
+    return parts | {"Avg. of sets": result["average"], "All questions": result["all"]}
 
 
 # ---- tables ----
@@ -156,25 +165,27 @@ def table(results: Sequence[dict[str, Any]], measure: str = "em") -> str:
     lines = [["", *(NAMES.get(name, name) for name in names), "Avg."]]
     partial = False
     for result in results:
-        cells = [f"{result['sets'][name][measure]:.3f}" if name in result["sets"] else "-" for name in names]
-        partial |= "-" in cells
-        lines.append([result["name"], *cells, f"{result['average'][measure]:.3f}{'*' * ('-' in cells)}"])
+        sets, average = result["sets"], result["average"]
+        cells = [f"{sets[name][measure]:.3f}" if name in sets else "-" for name in names]
+        mark = "*" if "-" in cells else ""
+        partial |= bool(mark)
+        lines.append([result["name"], *cells, f"{average[measure]:.3f}{mark}"])
     return align(lines) + ("\n* average over the sets shown in its row" if partial else "")
 
 
 def details(result: dict[str, Any]) -> str:
     """Every measure of one result; the statuses as shares of the episodes."""
     lines = [["", "n", *MEASURES]]
-    parts = {NAMES.get(name, name): values for name, values in result["sets"].items()}
-    for part, values in (parts | {"Avg. of sets": result["average"], "All questions": result["all"]}).items():
-        lines.append([part, str(values["n"]), *(f"{values[m]:.{3 if m != 'agent_tokens' else 1}f}" for m in MEASURES)])
+    for part, values in _parts(result).items():
+        cells = [f"{values[m]:.{1 if m == 'agent_tokens' else 3}f}" for m in MEASURES]
+        lines.append([part, str(values["n"]), *cells])
     return align(lines)
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-             for line in lines]
+    first, *rest = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in
+             zip(line[1:], rest, strict=True)) for line in lines]
     return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
@@ -192,31 +203,31 @@ def bootstrap(
     the distinct values, of which there are few.
     """
     rng = np.random.default_rng(seed)
-    means = {}  # [R] for each set
+    means = {}  # [1 + R] for each set; entry 0 is the observed mean
     for name, values in differences.items():
         distinct, counts = np.unique(values, return_counts=True)
         drawn = rng.multinomial(len(values), counts / len(values), size=resamples)  # [R, distinct]
-        means[name] = drawn @ distinct / len(values)
-    sizes = np.array([len(values) for values in differences.values()])
-    stacked = np.stack(list(means.values()))  # [sets, R]
-    centres = np.array([values.mean() for values in differences.values()])
-    samples = means | {"average": stacked.mean(0), "all": sizes @ stacked / sizes.sum()}
-    centre = dict(zip(differences, centres, strict=True))
-    centre |= {"average": centres.mean(), "all": sizes @ centres / sizes.sum()}
-    return {name: (float(centre[name]), *map(float, np.percentile(drawn, [2.5, 97.5])))
-            for name, drawn in samples.items()}
+        means[name] = np.vstack([counts, drawn]) @ distinct / len(values)
+    sets = np.stack(list(means.values()))  # [sets, 1 + R]
+    sizes = [len(values) for values in differences.values()]
+    means |= {"average": sets.mean(0), "all": np.average(sets, axis=0, weights=sizes)}
+    return {name: (float(drawn[0]), *map(float, np.percentile(drawn[1:], [2.5, 97.5])))
+            for name, drawn in means.items()}
 
 
-def compare(left: Sequence[Path], right: Sequence[Path], measure: str = "em") -> dict[str, tuple[float, float, float]]:
+def compare(
+    left: Sequence[Path], right: Sequence[Path], measure: str = "em"
+) -> dict[str, tuple[float, float, float]]:
     """left - right on the same questions; several files of a side are seeds, averaged first."""
     sides = [_mean_scores(paths, measure) for paths in (left, right)]
     if sides[0].keys() != sides[1].keys():
         raise ValueError(f"compare: got {len(sides[0])} and {len(sides[1])} questions, "
-                         f"{len(sides[0].keys() & sides[1].keys())} of them shared, expected the same "
-                         "questions on both sides; evaluate both on the same files")
-    names = sort_sets({name for name, _ in sides[0]})
-    return bootstrap({name: np.array([sides[0][key] - sides[1][key] for key in sides[0] if key[0] == name])
-                      for name in names})
+                         f"{len(sides[0].keys() & sides[1].keys())} of them shared, expected the "
+                         "same questions on both sides; evaluate both on the same files")
+    differences: dict[str, list[float]] = {}
+    for key, value in sides[0].items():
+        differences.setdefault(key[0], []).append(value - sides[1][key])
+    return bootstrap({name: np.array(differences[name]) for name in sort_sets(set(differences))})
 
 
 def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], float]:
@@ -224,11 +235,13 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
     files = []
     for path in (path.with_suffix(".jsonl") for path in paths):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found, expected the scores that eval.py writes beside the result")
+            raise FileNotFoundError(f"{path}: not found, expected the scores beside result.json; "
+                                    "keep the two together")
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         files.append({(row["set"], row["id"]): float(row[measure]) for row in rows})
         if files[-1].keys() != files[0].keys():
-            raise ValueError(f"{path}: got other questions than {paths[0]}, expected the same for every seed")
+            raise ValueError(f"{path}: got other questions than {paths[0]}, expected the same for "
+                             "every seed")
     return {key: sum(file[key] for file in files) / len(files) for key in files[0]}
 
 
@@ -244,15 +257,16 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for i, path in enumerate(map(Path, paths)):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        label = path.parent.name
         for key, style in (("rollout/score", "-"), ("eval/score", "o")):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
                 kind = "validation" if key == "eval/score" else "rollouts"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=f"{label}: {kind}")
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}",
+                          label=f"{path.parent.name}: {kind}")
     if not axes.lines:
         pyplot.close(figure)
-        raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, expected rollout/score or eval/score")
+        raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, "
+                         "expected rollout/score or eval/score")
     axes.set(xlabel="step", ylabel="exact match (sampled)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -266,49 +280,52 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
 
 def run(settings: EvalSettings) -> dict[str, Any]:
     """Load, evaluate, write, print."""
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    name = settings.name or Path(settings.model).name
+    sets = read_sets(settings.questions, settings.limit)  # mistakes here show before the long loads
+    device, name = settings.device, settings.name or Path(settings.model).name
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(settings.out or f"runs/eval/{name}")
-    sets = read_sets(settings.questions, settings.limit)  # first: mistakes in it show before the long loads
     decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     policy = Policy(decoder, Tokenizer.load(settings.model))
-    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
+    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
+                               device=device)
     episodes: list[Episode] = []
-    result = evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True, keep=episodes)
-    result = {"name": name, "settings": asdict(settings)} | result
+    result = {"name": name, "settings": asdict(settings)}
+    result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,
+                       keep=episodes)
     save_result(result, out)
     config.save(settings, out / "run.json")
     if settings.episodes:
         save_episodes(out / "episodes.jsonl", episodes, policy.tokenizer)
-    print((out / "result.txt").read_text(encoding="utf-8") + f"\nwrote {out}/result.json, .jsonl, .csv, .txt")
+    print((out / "result.txt").read_text(encoding="utf-8"))
+    print(f"wrote {out}/result.json, .jsonl, .csv, .txt")
     return result
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in ("table", "compare", "plot"):
         text = "Measure a model on question sets. Also: eval.py {table,compare,plot} --help."
-        run(config.load(EvalSettings, argv, prog="eval.py", description=text,
-                        default_config=ROOT / "configs" / "world.toml", shared=SHARED))
+        run(config.load(EvalSettings, argv, prog="eval.py", description=text, shared=SHARED,
+                        default_config=ROOT / "configs" / "world.toml"))
         return
     parser = argparse.ArgumentParser(f"eval.py {argv[0]}", allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path, help="metrics.jsonl of runs, or result.json of evaluations")
+    parser.add_argument("files", nargs="+", type=Path,
+                        help="metrics.jsonl of runs, or result.json of evaluations")
     if argv[0] == "plot":
-        parser.add_argument("--out", default="curve.png", help="picture to write (default curve.png)")
-    else:
-        parser.add_argument("--measure", default="em", choices=MEASURES[:5])
-    if argv[0] == "compare":
-        parser.add_argument("--against", nargs="+", type=Path, help="the other side, when a side has several seeds")
-    given = parser.parse_args(argv[1:])
-    if argv[0] == "plot":
-        plot_curves(given.files, given.out)
-        return
+        parser.add_argument("--out", default="curve.png", help="picture to write (curve.png)")
+        given = parser.parse_args(argv[1:])
+        return plot_curves(given.files, given.out)
+    parser.add_argument("--measure", default="em", choices=MEASURES[:5])
     if argv[0] == "table":
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in given.files], given.measure))
-        return
+        given = parser.parse_args(argv[1:])
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in given.files]
+        return print(table(results, given.measure))
+    parser.add_argument("--against", nargs="+", type=Path, help="the other side, of several seeds")
+    given = parser.parse_args(argv[1:])
     left, right = given.files, given.against
     if right is None:
         if len(left) != 2:
-            parser.error(f"got {len(left)} files, expected A.json B.json; for several seeds use --against")
+            parser.error(f"got {len(left)} files, expected A.json B.json; or use --against")
         left, right = left[:1], left[1:]
     lines = [[f"{given.measure}: difference", "mean", "95 % low", "high"]]
     for name, numbers in compare(left, right, given.measure).items():

@@ -1,4 +1,4 @@
-"""What all tests share: real checkpoints and data where they are, and a skip with its reason where not."""
+"""Shared by all tests: real checkpoints and data where they are, a skip with its reason else."""
 
 import os
 from pathlib import Path

@@ -47,8 +47,24 @@ def test_without_arguments_the_defaults_hold():
 
 
 def test_flags_of_every_type_are_read():
-    got = load("--phase", "dgpo", "--lr", "3e-5", "--resume", "--no-shuffle", "--limit", "7", "--top-k", "5",
-               "--questions", "x", "y", "--betas", "0.5", "1")
+    got = load(
+        "--phase",
+        "dgpo",
+        "--lr",
+        "3e-5",
+        "--resume",
+        "--no-shuffle",
+        "--limit",
+        "7",
+        "--top-k",
+        "5",
+        "--questions",
+        "x",
+        "y",
+        "--betas",
+        "0.5",
+        "1",
+    )
     assert got == Settings(5, "dgpo", 3e-5, True, False, 7, ("x", "y"), (0.5, 1.0))
     assert type(got.betas[1]) is float
     assert load("--limit", "none").limit is None
@@ -82,7 +98,9 @@ def test_precedence_is_default_top_level_program_phase_flag(tmp_path):
 
 def test_the_preset_may_name_the_phase(tmp_path):
     assert load(toml='phase = "dgpo"\n[dgpo]\nlr = 5\n', tmp_path=tmp_path).lr == 5.0
-    assert load("--phase", "kd", toml='phase = "dgpo"\n[dgpo]\nlr = 5\n', tmp_path=tmp_path).lr == 1e-4
+    assert (
+        load("--phase", "kd", toml='phase = "dgpo"\n[dgpo]\nlr = 5\n', tmp_path=tmp_path).lr == 1e-4
+    )
 
 
 def test_the_default_preset_is_read_unless_another_or_none_is_named(tmp_path):
@@ -97,7 +115,7 @@ def test_the_default_preset_is_read_unless_another_or_none_is_named(tmp_path):
 @pytest.mark.parametrize(("argv", "parts"), [
     (("--lrr", "3"), ("--lrr", "did you mean --lr?")),
     (("--topk", "3"), ("--topk", "did you mean --top-k?")),
-    (("--question", "x"), ("did you mean --questions?",)),  # no abbreviations: a new flag could change their meaning
+    (("--question", "x"), ("did you mean --questions?",)),  # no abbreviations
     (("--top-k", "1e3"), ("--top-k", "'1e3'", "expected int")),
     (("--top-k", "2.0"), ("'2.0'", "expected int")),
     (("--lr", "fast"), ("--lr", "'fast'", "expected float")),
@@ -122,7 +140,7 @@ def test_a_mistaken_flag_is_refused(capsys, argv, parts):
     ('lr = "1e-4"', ("lr", "'1e-4'", "expected float")),
     ("resume = 1", ("resume", "expected bool")),
     ('resume = "false"', ("resume", "'false'", "expected bool")),
-    ('questions = "x"', ("questions", "'x'", "expected tuple")),  # not ("x",) and not one file a letter
+    ('questions = "x"', ("questions", "'x'", "expected tuple")),  # not one a letter
     ("questions = [1]", ("questions", "1", "expected str")),
     ("phase = 3", ("phase", "3", "expected str")),
     ("lr = = 3", ("preset.toml", "not TOML")),
@@ -158,7 +176,13 @@ def test_help_names_every_setting_with_type_and_default(capsys):
         load("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for part in ("--lr", "100 % of it (float; default 0.0001)", "--no-shuffle", "kd|dgpo", "passages per search"):
+    for part in (
+        "--lr",
+        "100 % of it (float; default 0.0001)",
+        "--no-shuffle",
+        "kd|dgpo",
+        "passages per search",
+    ):
         assert part in text
 
 

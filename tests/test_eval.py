@@ -22,22 +22,32 @@ INTERVAL_TOLERANCE = 0.002  # Monte Carlo error of 10,000 resamples
 
 
 def scripted(policy, retriever, questions, settings, *, seed, first_episode=0, progress=""):
-    """Answers question i of a set rightly where i is even; those that search find the gold answer."""
+    """Answers question i of a set rightly where i is even; a search finds the gold answer."""
     episodes = []
     for i, q in enumerate(questions):
         answer = q.golden_answers[0] if i % 2 == 0 else "gold and more"
-        found = [[Passage("p", "A title", f"It says {q.golden_answers[0].upper()}.", 1.0)]] * (i % 3 == 0)
-        segments = [Segment("prompt", [1, 2]), Segment("agent", [3] * (i + 1)), Segment("environment", [4] * 9)]
+        found = [[Passage("p", "A title", f"It says {q.golden_answers[0].upper()}.", 1.0)]] * (
+            i % 3 == 0
+        )
+        segments = [
+            Segment("prompt", [1, 2]),
+            Segment("agent", [3] * (i + 1)),
+            Segment("environment", [4] * 9),
+        ]
         status = "answered" if i != 1 else "invalid"
-        episodes.append(Episode(q, segments, status, answer if i != 1 else None, ["q"] * len(found), found))
+        episodes.append(
+            Episode(q, segments, status, answer if i != 1 else None, ["q"] * len(found), found)
+        )
     return episodes
 
 
 @pytest.fixture
 def sets(monkeypatch) -> dict[str, list[Question]]:
     monkeypatch.setattr(evaluation, "generate", scripted)
-    return {name: [Question(f"{name}_{i}", f"q {i}?", (f"gold {i}",), name) for i in range(n)]
-            for name, n in (("nq", 6), ("bamboogle", 3))}
+    return {
+        name: [Question(f"{name}_{i}", f"q {i}?", (f"gold {i}",), name) for i in range(n)]
+        for name, n in (("nq", 6), ("bamboogle", 3))
+    }
 
 
 def evaluate(sets) -> dict:
@@ -48,8 +58,12 @@ def test_every_row_is_evaluated_whatever_the_batch(sets):
     """The official loader dropped the last incomplete batch: Bamboogle became k/124."""
     result = evaluate(sets)
     assert [(row["set"], row["id"]) for row in result["scores"]] == [
-        (name, q.id) for name, questions in sets.items() for q in questions]
-    assert {name: values["n"] for name, values in result["sets"].items()} == {"nq": 6, "bamboogle": 3}
+        (name, q.id) for name, questions in sets.items() for q in questions
+    ]
+    assert {name: values["n"] for name, values in result["sets"].items()} == {
+        "nq": 6,
+        "bamboogle": 3,
+    }
 
 
 def test_measures_come_from_the_episode(sets):
@@ -58,7 +72,7 @@ def test_measures_come_from_the_episode(sets):
     assert nq["hit"] == nq["searches"] == 2 / 6
     assert nq["invalid"] == 1 / 6 and nq["answered"] == 5 / 6
     assert nq["agent_tokens"] == np.mean([1, 2, 3, 4, 5, 6])  # neither prompt nor environment
-    # "gold and more" against "gold 3": precision 1/3, recall 1/2; the episode without an answer counts 0.
+    # "gold and more" against "gold 3": precision 1/3, recall 1/2; no answer counts 0.
     assert nq["f1"] == pytest.approx((3 + 2 * 0.4) / 6)
 
 
@@ -82,7 +96,9 @@ def test_a_sets_noise_does_not_depend_on_the_other_sets(sets, monkeypatch):
 
 
 def result(name: str, **em: float) -> dict:
-    values = {key: {"n": 1} | dict.fromkeys(evaluation.MEASURES, value) for key, value in em.items()}
+    values = {
+        key: {"n": 1} | dict.fromkeys(evaluation.MEASURES, value) for key, value in em.items()
+    }
     mean = {"n": 1} | dict.fromkeys(evaluation.MEASURES, float(np.mean(list(em.values()))))
     return {"name": name, "sets": values, "average": mean, "all": mean}
 
@@ -90,8 +106,20 @@ def result(name: str, **em: float) -> dict:
 def test_the_table_has_the_papers_columns():
     shuffled = dict.fromkeys(sorted(TEST_SETS), 0.25)
     lines = evaluation.table([result("student", **shuffled), result("KD", **shuffled)]).splitlines()
-    assert lines[0].split() == ["NQ", "TriviaQA", "PopQA", "HotpotQA", "2wiki", "MuSiQue", "Bamboogle", "Avg."]
-    assert [line.split() for line in lines[2:]] == [["student"] + ["0.250"] * 8, ["KD"] + ["0.250"] * 8]
+    assert lines[0].split() == [
+        "NQ",
+        "TriviaQA",
+        "PopQA",
+        "HotpotQA",
+        "2wiki",
+        "MuSiQue",
+        "Bamboogle",
+        "Avg.",
+    ]
+    assert [line.split() for line in lines[2:]] == [
+        ["student"] + ["0.250"] * 8,
+        ["KD"] + ["0.250"] * 8,
+    ]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -99,7 +127,9 @@ def test_a_missing_set_shows_and_marks_the_average():
     text = evaluation.table([result("a", nq=0.1, mine=0.3), result("b", nq=0.2)])
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["NQ", "mine", "Avg."] and rows[2] == ["a", "0.100", "0.300", "0.200"]
-    assert rows[3] == ["b", "0.200", "-", "0.200*"] and text.endswith("* average over the sets shown in its row")
+    assert rows[3] == ["b", "0.200", "-", "0.200*"] and text.endswith(
+        "* average over the sets shown in its row"
+    )
 
 
 def test_the_bootstrap_finds_the_known_interval_of_a_bernoulli_difference():
@@ -123,11 +153,13 @@ def test_the_bootstrap_is_the_naive_one():
 def test_a_constant_difference_has_no_width_and_keeps_its_sign():
     found = evaluation.bootstrap({"nq": np.full(10, 1.0), "popqa": np.full(30, -0.5)})
     assert found["nq"] == (1.0, 1.0, 1.0) and found["popqa"] == (-0.5, -0.5, -0.5)
-    assert found["average"] == pytest.approx((0.25,) * 3) and found["all"] == pytest.approx((-0.125,) * 3)
+    assert found["average"] == pytest.approx((0.25,) * 3) and found["all"] == pytest.approx(
+        (-0.125,) * 3
+    )
 
 
 def test_the_bootstrap_pairs():
-    """Two models that fail on the same questions: unpaired, the interval would be about 0.09 wide."""
+    """Two models that fail on the same questions: unpaired, it would be about 0.09 wide."""
     hard = np.random.default_rng(0).random(1000) < 0.5
     right = (~hard).astype(float)
     better = right.copy()
@@ -137,7 +169,9 @@ def test_the_bootstrap_pairs():
 
 
 def test_the_bootstrap_is_the_same_every_time():
-    values = {"nq": np.random.default_rng(0).normal(size=99)}  # all distinct: an interval reveals its seed
+    values = {
+        "nq": np.random.default_rng(0).normal(size=99)
+    }  # all distinct: an interval reveals its seed
     assert evaluation.bootstrap(values) == evaluation.bootstrap(values)
     assert evaluation.bootstrap(values) != evaluation.bootstrap(values, seed=1)
 
@@ -151,7 +185,9 @@ def scores(path, em: dict[str, float]):
 
 def test_compare_averages_seeds_before_it_pairs(tmp_path, capsys):
     a0 = scores(tmp_path / "a0" / "result.json", {"q0": 1, "q1": 0})
-    a1 = scores(tmp_path / "a1" / "result.json", {"q1": 1, "q0": 1})  # order of rows does not matter
+    a1 = scores(
+        tmp_path / "a1" / "result.json", {"q1": 1, "q0": 1}
+    )  # order of rows does not matter
     b = scores(tmp_path / "b" / "result.json", {"q0": 0, "q1": 0})
     mean, low, high = evaluation.compare([a0, a1], [b])["all"]
     assert (mean, low, high) == (0.75, 0.5, 1.0)
@@ -187,17 +223,28 @@ def test_a_saved_result_is_complete(sets, tmp_path):
     evaluation.save_result(evaluate(sets), tmp_path)
     assert len((tmp_path / "result.jsonl").read_text().splitlines()) == 9
     rows = list(csv.DictReader((tmp_path / "result.csv").open()))
-    assert [row["set"] for row in rows] == ["nq", "bamboogle", "average over sets", "all questions"]
+    assert [row["set"] for row in rows] == ["NQ", "Bamboogle", "Avg. of sets", "All questions"]
     assert float(rows[0]["em"]) == 0.5 and "Bamboogle" in (tmp_path / "result.txt").read_text()
-    assert evaluation.compare([tmp_path / "result.json"], [tmp_path / "result.json"])["all"] == (0, 0, 0)
+    assert evaluation.compare([tmp_path / "result.json"], [tmp_path / "result.json"])["all"] == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_the_curve_is_drawn_from_metrics(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "dgpo").mkdir()
     metrics = tmp_path / "dgpo" / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps({"step": s, "rollout/score": s / 9} | ({"eval/score": 0.5} if s == 4 else {}))
-                               + "\n" for s in range(1, 9)))
+    metrics.write_text(
+        "".join(
+            json.dumps(
+                {"step": s, "rollout/score": s / 9} | ({"eval/score": 0.5} if s == 4 else {})
+            )
+            + "\n"
+            for s in range(1, 9)
+        )
+    )
     evaluation.main(["plot", str(metrics), "--out", str(tmp_path / "deep" / "curve.png")])
     assert (tmp_path / "deep" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     metrics.write_text('{"step": 1}\n')
@@ -213,13 +260,29 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature):  # noqa: F811
-    evaluation.main(["--config", str(mini / "mini.toml"), "--model", str(mini / "student"), "--questions",
-                     str(mini / "questions.jsonl"), "--temperature", temperature, "--out", str(tmp_path),
-                     "--device", "cpu", "--episodes"])
+    evaluation.main(
+        [
+            "--config",
+            str(mini / "mini.toml"),
+            "--model",
+            str(mini / "student"),
+            "--questions",
+            str(mini / "questions.jsonl"),
+            "--temperature",
+            temperature,
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--episodes",
+        ]
+    )
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["all"]["n"] == 24 and saved["name"] == "student"
-    # What the preset says on searching and limits holds; how training samples does not reach evaluation.
-    assert saved["settings"]["max_turns"] == 2 and saved["settings"]["temperature"] == float(temperature)
+    # The preset's limits hold; how training samples does not reach evaluation.
+    assert saved["settings"]["max_turns"] == 2 and saved["settings"]["temperature"] == float(
+        temperature
+    )
     assert sum(saved["all"][status] for status in evaluation.STATUSES) == pytest.approx(1)
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 24
     assert "questions" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Rules that keep the project readable: imports in one direction, line budgets, a README that tells the truth.
+"""What keeps the project readable: imports one way, line budgets, a README that is true.
 
 Run: python -m pytest tests/test_house.py
 """
@@ -43,7 +43,9 @@ def test_the_equations_import_torch_alone():
 
 def test_imports_run_one_way():
     assert not [name for name in LOCAL if "train" in imports(name)], "nothing imports train"
-    assert not [name for name in LOCAL - {"train"} if "eval" in imports(name)], "train alone may import eval"
+    assert not [name for name in LOCAL - {"train"} if "eval" in imports(name)], (
+        "train alone may import eval"
+    )
     assert imports("model") & LOCAL <= {"kernels"}
     assert imports("retriever") & LOCAL <= {"model", "data"}
 
@@ -81,27 +83,39 @@ def test_the_readme_names_functions_that_exist():
             if not re.search(rf"(?:def|class) {name}\b|^{name}\b", body, re.MULTILINE):
                 missing.append(f"{module}.{name}")
     for test in re.findall(r"`(?:tests/\w+\.py::)?(test_\w+)`", text):
-        if not any(f"def {test}(" in p.read_text(encoding="utf-8") or p.stem == test for p in ROOT.glob("tests/*.py")):
+        if not any(
+            f"def {test}(" in p.read_text(encoding="utf-8") or p.stem == test
+            for p in ROOT.glob("tests/*.py")
+        ):
             missing.append(test)
     assert not missing
 
 
 def test_presets_hold_settings_that_exist():
     """A key that no program knows would fail on the machine where the real run starts."""
-    train = (ROOT / "train.py").read_text(encoding="utf-8") + (ROOT / "rollout.py").read_text(encoding="utf-8")
+    train = (ROOT / "train.py").read_text(encoding="utf-8") + (ROOT / "rollout.py").read_text(
+        encoding="utf-8"
+    )
     evaluation = train + (ROOT / "eval.py").read_text(encoding="utf-8")
     for path in ROOT.glob("configs/*.toml"):
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-        for table, values in {"": {k: v for k, v in document.items() if k not in tables}, **tables}.items():
+        for table, values in {
+            "": {k: v for k, v in document.items() if k not in tables},
+            **tables,
+        }.items():
             for key in values:
                 source = evaluation if table == "eval" else train
-                assert re.search(rf"^    {key}: .*= setting\(", source, re.MULTILINE), f"{path.name} [{table}] {key}"
+                assert re.search(rf"^    {key}: .*= setting\(", source, re.MULTILINE), (
+                    f"{path.name} [{table}] {key}"
+                )
 
 
 def test_nothing_large_is_committed():
     try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
