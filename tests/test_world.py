@@ -1,0 +1,170 @@
+"""The embedded world: rebuilt byte for byte, split by entity, answerable, and shown to the student without a tag.
+
+Run: python -m pytest tests/test_world.py
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+
+import world
+from data import hit, load_questions
+from encyclopaedia import (
+    FAMILY_NAMES,
+    FIRST_WORDS,
+    GIVEN_NAMES,
+    NUM_QUESTIONS,
+    SECOND_WORDS,
+    Entity,
+    make_corpus,
+    make_entities,
+)
+from model import Tokenizer
+from retriever import Passage
+from rollout import parse_action
+
+MAX_WORLD_BYTES = 10_000_000
+TAGS = ("<search>", "</search>", "<answer>", "<think>", "<information>")
+STYLES = tuple(NUM_QUESTIONS["test"])
+
+
+@pytest.fixture(scope="module")
+def entities() -> dict[str, Entity]:
+    return make_entities(world.SEED)
+
+
+@pytest.fixture(scope="module")
+def contents(entities) -> dict[str, str]:
+    corpus = make_corpus(entities, world.SEED)
+    return {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict]]:
+    return {name: world.read_jsonl(world.WORLD / "questions" / f"{name}.jsonl") for name in ("train", *STYLES)}
+
+
+def as_passage(title: str, contents: dict[str, str]) -> Passage:
+    return Passage(title, title, contents[title].split("\n")[1], 0.0)
+
+
+class Shelf:
+    """A retriever that answers with the passages of a function of the query."""
+
+    def __init__(self, titles, contents: dict[str, str]) -> None:
+        self.titles, self.contents = titles, contents
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
+        return [[as_passage(title, self.contents) for title in self.titles(query)[:top_k]] for query in queries]
+
+
+def test_corpus_and_questions_are_rebuilt_byte_for_byte(tmp_path: Path):
+    world.build_texts(tmp_path)
+    for name in ("corpus", *(f"questions/{style}" for style in ("train", *STYLES))):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (world.WORLD / f"{name}.jsonl").read_bytes(), name
+
+
+def test_question_files_are_read_by_data_and_ids_are_unique():
+    questions = [q for s in ("train", *STYLES) for q in load_questions(world.WORLD / "questions" / f"{s}.jsonl")]
+    assert len({question.id for question in questions}) == len(questions)
+    assert len(questions) - sum(NUM_QUESTIONS["train"].values()) >= 3000
+
+
+def test_no_training_question_knows_an_entity_of_the_test_half(entities, rows):
+    test_names = {entity.name for entity in entities.values() if entity.split == "test"}
+    train_names = {entity.name for entity in entities.values() if entity.split == "train"}
+    assert not test_names & train_names
+    for row in rows["train"]:
+        texts = [row["question"], *row["golden_answers"], *(title for title, _ in row["metadata"]["hops"])]
+        assert not any(name in text for name in test_names for text in texts), row
+    tests = (row for style in STYLES for row in rows[style])
+    assert all(entities[title].split == "test" for row in tests for title, _ in row["metadata"]["hops"])
+
+
+def test_every_question_is_answered_by_its_chain_of_passages(entities, contents, rows):
+    for row in (row for name in rows for row in rows[name]):
+        meta, hops = row["metadata"], row["metadata"]["hops"]
+        assert all(entities[title].name in row["question"] for title, _ in hops[:1])
+        passages = [as_passage(title, contents) for title, _ in hops]
+        if meta["type"] == "comparison":
+            years = {entities[title].name: int(entities[title].facts["year"]) for title, _ in hops}
+            pick = min if meta["order"] == "first" else max
+            assert row["golden_answers"] == [pick(years, key=years.get)]
+            continue
+        for (title, relation), (following, _) in zip(hops, hops[1:], strict=False):
+            assert entities[title].links[relation] == following
+        assert hit(passages[-1:], row["golden_answers"]), row
+
+
+def test_four_or_five_entries_share_every_name(entities):
+    counts: dict[str, int] = {}
+    for entity in entities.values():
+        counts[entity.name] = counts.get(entity.name, 0) + 1
+    assert set(counts.values()) == {4, 5}
+
+
+def test_every_word_of_a_name_and_every_year_is_one_token():
+    tokenizer = Tokenizer.load(world.WORLD / "student")
+    inner = [*FIRST_WORDS, *SECOND_WORDS, *GIVEN_NAMES, *FAMILY_NAMES, *map(str, range(1800, 1960))]
+    assert not [word for word in inner if len(tokenizer.encode(f" {word}")) != 1]
+    assert not [word for word in (*FIRST_WORDS, *GIVEN_NAMES) if len(tokenizer.encode(word)) != 1]
+
+
+def test_tags_are_plain_text_to_the_tokenizer():
+    tokenizer = Tokenizer.load(world.WORLD / "student")
+    assert len(tokenizer.encode("<search>")) == 3
+    assert not {tokenizer.eos_id, tokenizer.pad_id} & set(tokenizer.encode("<|im_end|><|endoftext|>"))
+
+
+def test_pretraining_text_has_no_tag_and_asks_about_the_training_half_alone(entities):
+    corpus = make_corpus(entities, world.SEED)
+    test_names = {entity.name for entity in entities.values() if entity.split == "test"}
+    for row in world.pretrain_rows(entities, corpus, count=400, seed=1):
+        [segment] = row["segments"]
+        assert row["question"] == "" and not any(tag in segment["text"] for tag in TAGS)
+        told = [line for line in segment["text"].splitlines() if line.startswith(("Question", "Note", "Answer"))]
+        assert not any(name in line for name in test_names for line in told)
+
+
+def test_the_expert_is_right_when_every_search_finds_its_passage(entities, contents, rows):
+    def first_hops(query: str) -> list[str]:
+        wanted = [title for title, entity in entities.items() if entity.name in query]
+        return wanted  # all namesakes: five at most, so top_k below lets all of them through
+
+    shelf = Shelf(first_hops, contents)
+    shelf.search = lambda queries, top_k: Shelf.search(shelf, queries, 5)
+    chosen = random.Random(0).sample(rows["train"], 60)
+    episodes = world.demonstrate(chosen, shelf, entities, seed=0)
+    assert [row["score"] for row in episodes] == [1.0] * len(chosen)
+    for row, episode in zip(chosen, episodes, strict=True):
+        agents = [segment["text"] for segment in episode["segments"] if segment["author"] == "agent"]
+        assert len(agents) == len(row["metadata"]["hops"]) + 1
+        assert [parse_action(text).kind for text in agents] == ["search"] * (len(agents) - 1) + ["answer"]
+        assert parse_action(agents[-1]).content == episode["answer"]
+
+
+def test_the_expert_that_never_finds_its_passage_gives_up_within_the_limit(entities, contents, rows):
+    row = next(r for r in rows["train"] if r["metadata"]["hops"][0][1] == "author")
+    wanted = row["metadata"]["hops"][0][0]
+    namesakes = [t for t, e in entities.items() if e.name == entities[wanted].name and t != wanted]
+    counts = set()
+    for seed in range(40):
+        [episode] = world.demonstrate([row], Shelf(lambda query: namesakes, contents), entities, seed=seed)
+        authors = [segment["author"] for segment in episode["segments"]]
+        assert authors[-1] == "agent" and authors.count("environment") <= world.MAX_SEARCHES
+        assert episode["score"] == 0.0  # the wrong namesake is trusted, and the demonstration is kept
+        counts.add(authors.count("environment"))
+    assert len(counts) > 1  # sometimes it searches again
+
+
+def test_wordings_differ_in_worth_by_construction():
+    rng = random.Random(0)
+    assert world.query("poor", "Silver Harbor", "novel", "author", "", rng) == "Silver Harbor"
+    assert world.query("good", "Silver Harbor", "novel", "author", "", rng) == "Silver Harbor novel"
+    assert world.query("medium", "Silver Harbor", "novel", "author", "Who wrote it?", rng) == "Who wrote it"
+
+
+def test_the_shipped_world_is_small():
+    total = sum(path.stat().st_size for path in world.WORLD.rglob("*") if path.is_file())
+    assert total < MAX_WORLD_BYTES, total
