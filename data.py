@@ -10,8 +10,7 @@ Departures from the official code:
 
 Files are JSON lines: FlashRAG rows {"id", "question", "golden_answers", "metadata"}, or Search-R1
 rows, where "prompt", "data_source" and "reward_model" hold the same. "dataset" or "data_source"
-names the set, else the file does. Parquet is not read. Bytes that are not UTF-8, and lone surrogates
-(a JSON escape can write them; no tokenizer takes them), become U+FFFD.
+names the set, else the file does. Parquet is not read. What is no UTF-8 is replaced by U+FFFD.
 
     python data.py prepare --flashrag DIR --out DIR   # DIR/nq/test.jsonl ... -> OUT/nq.jsonl ...
 """
@@ -27,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,16 +64,6 @@ class Question:
     context: list[dict[str, Any]] | None = None  # paragraphs: title, text, is_supporting
 
 
-class Document(Protocol):
-    """What `hit` reads of a passage."""
-
-    title: str
-    text: str
-
-
-# ---- files ----
-
-
 def load_questions(path: Path | str, *, limit: int | None = None) -> list[Question]:
     """The (first `limit`) questions of a JSON-lines file, in its order, all ids different."""
     path = Path(path)
@@ -107,27 +96,28 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: got no valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: got {line[:60]!r}, expected a JSON object")
             is_empty = False
-            yield number, _clean(row)
+            yield number, parse_object(line, f"{path}:{number}")
     if is_empty:
         raise ValueError(f"{path}: got no rows, expected at least one question")
 
 
-def _clean(value: Any) -> Any:
-    """The JSON value with lone surrogates in its strings replaced."""
-    if isinstance(value, str):
-        return re.sub("[\ud800-\udfff]", "\ufffd", value)
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return value
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line; a mistake is reported as being at `where`."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: got no valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got {line[:60]!r}, expected a JSON object")
+    if "\\ud" in line.lower():  # an escape that may write a lone surrogate
+        row = json.loads(replace_surrogates(json.dumps(row, ensure_ascii=False)))
+    return row
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which no tokenizer and no UTF-8 file takes, become U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Question:
@@ -164,9 +154,6 @@ def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Que
     return Question(id, text, tuple(answers), source, prompt, metadata, context)
 
 
-# ---- prompts ----
-
-
 def build_messages(question: Question, prompt: str) -> list[dict[str, str]]:
     """The chat that opens an episode; prompt is "paper", "short", "row" (the row's own) or a file.
 
@@ -191,9 +178,6 @@ def _template(path: str) -> str:
     if "{question}" not in text:
         raise ValueError(f"{path}: got no {{question}}, expected it where the question belongs")
     return text
-
-
-# ---- scores ----
 
 
 def normalize_answer(text: str) -> str:
@@ -222,17 +206,14 @@ def f1(prediction: str | None, golds: Sequence[str]) -> float:
     return best
 
 
-def hit(passages: Iterable[Document], golds: Sequence[str]) -> bool:
-    """Whether a passage contains a gold answer, both normalised.
+def hit(passages: Iterable[Any], golds: Sequence[str]) -> bool:
+    """Whether a passage (.title, .text) contains a gold answer, both normalised.
 
     A gold answer that normalises to nothing ("The") would be in every text: it hits none.
     """
     wanted = [gold for gold in map(normalize_answer, golds) if gold]
     texts = [normalize_answer(f"{passage.title} {passage.text}") for passage in passages]
     return any(gold in text for gold in wanted for text in texts)
-
-
-# ---- prepare ----
 
 
 def prepare(flashrag: Path, out: Path) -> None:

@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data import parse_object, replace_surrogates
 from model import Encoder, load_encoder
 
 WORLD = Path(__file__).resolve().parent / "world"
@@ -75,18 +75,12 @@ class Corpus:
         """(id, contents) of a row."""
         start, end = self._offsets[row], self._offsets[row + 1]
         line = os.pread(self._file.fileno(), end - start, start).decode("utf-8", "replace")
-        try:
-            record = json.loads(line.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}:{row + 1}: got no valid JSON: {error}") from error
-        record = record if isinstance(record, dict) else {}
+        where = f"{self.path}:{row + 1}"
+        record = parse_object(line.removeprefix("\ufeff"), where)
         name, contents = record.get("id"), record.get("contents")
         if not isinstance(name, str | int) or not isinstance(contents, str):
-            raise ValueError(
-                f"{self.path}:{row + 1}: got {line[:80]!r}, expected an object with the string "
-                'contents ("Title", newline, text) and an id'
-            )
-        return _clean(str(name)), _clean(contents)
+            raise ValueError(f"{where}: got {line[:80]!r}, expected an id and the string contents")
+        return str(name), contents
 
     def passage(self, row: int, score: float) -> Passage:
         name, contents = self.read(row)
@@ -96,13 +90,6 @@ class Corpus:
         if len(title) > 1 and title[0] == title[-1] == '"':
             title = title[1:-1]
         return Passage(name, title, text, score)
-
-
-def _clean(text: str) -> str:
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # tokenizers refuse lone surrogates
-
-
-# ---- exact search ----
 
 
 def flat_search(
@@ -148,9 +135,12 @@ class TorchIndex:
 
 
 class FaissIndex:
-    def __init__(self, index: Any, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         faiss = _faiss()
-        self.index, self.num_rows = index, index.ntotal
+        self.index = index = faiss.read_index(str(path))
+        self.num_rows = index.ntotal
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{path}: got another metric, expected inner product")
         is_flat = isinstance(index, faiss.IndexFlat)  # others may not be able to give a vector back
         self.first = torch.from_numpy(index.reconstruct(0)) if is_flat and self.num_rows else None
         # Asked for GPUs that it does not have, faiss gives an empty index and says nothing.
@@ -177,9 +167,6 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-# ---- retriever ----
-
-
 class Retriever:
     def __init__(self, corpus: Corpus, encoder: Encoder, index: TorchIndex | FaissIndex) -> None:
         self.corpus, self.encoder, self.index = corpus, encoder, index
@@ -203,12 +190,10 @@ class Retriever:
             encoder = load_encoder(encoder, dtype=encoder_dtype, device=device)
         if index is not None:
             return cls(lines, encoder, _open_index(Path(index), lines, encoder, backend, device))
+        if backend == "faiss":
+            raise ValueError("index: got none for backend faiss, expected a faiss file or a folder")
         vectors = torch.cat([v.to(device, dtype) for _, v in embed_corpus(lines, encoder)])
-        if backend == "torch" or backend == "auto":
-            return cls(lines, encoder, TorchIndex(vectors))
-        flat = _faiss().IndexFlatIP(vectors.shape[1])
-        flat.add(vectors.float().cpu().numpy())
-        return cls(lines, encoder, FaissIndex(flat, device))
+        return cls(lines, encoder, TorchIndex(vectors))
 
     def search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
         """The best passages of each query, best first; all of them in a corpus below top_k."""
@@ -216,7 +201,7 @@ class Retriever:
             raise ValueError(f"top_k: got {top_k}, expected at least 1")
         if not queries:
             return []
-        vectors = self.encoder.embed([_clean(query) for query in queries], kind="query")  # [B, D]
+        vectors = self.encoder.embed(list(map(replace_surrogates, queries)), kind="query")  # [B, D]
         scores, rows = self.index.search(vectors, top_k)
         return [  # row -1 is faiss's word for a place that it could not fill
             [self.corpus.passage(row, score) for score, row in zip(*pair, strict=True) if row >= 0]
@@ -239,55 +224,46 @@ def embed_corpus(
 def _facts(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
     """What vectors depend on, beside the encoder's weights."""
     return {"rows": len(corpus), "dim": encoder.config["hidden_size"], "prefixes": encoder.prefixes,
-            "max_tokens": encoder.max_tokens, "corpus_sha256": corpus.sha256}  # fmt: skip
+            "max_tokens": encoder.tokenizer.truncation["max_length"],
+            "corpus_sha256": corpus.sha256}  # fmt: skip
 
 
 def _open_index(
     path: Path, corpus: Corpus, encoder: Encoder, backend: str, device: torch.device
 ) -> TorchIndex | FaissIndex:
-    facts = path / "index.json" if path.is_dir() else path
-    if not facts.is_file() or (facts == path and backend == "torch"):
+    file, expected = path, _facts(corpus, encoder)
+    got: dict[str, Any] = dict(expected)
+    if path.is_dir():
+        file = path / ("index.faiss" if backend == "faiss" else "embeddings.npy")
+        if (path / "index.json").is_file():
+            stored = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            got = {key: stored.get(key) for key in expected}
+        else:  # not finished
+            file = path / "index.json"
+    if not file.is_file() or (file == path and backend == "torch"):
         raise FileNotFoundError(
-            f"index: got {path}, expected a folder with index.json (python retriever.py build), or, "
-            "for faiss, an index file"
+            f"index: got {path} without {file.name}, expected a folder that `python retriever.py "
+            "build` (for backend faiss: with --faiss) has written, or, not for torch, a faiss file"
         )
     index: TorchIndex | FaissIndex
-    if backend == "faiss" or facts == path:
-        file = path if facts == path else path / "index.faiss"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: got no such file; write it with build --faiss")
-        loaded = _faiss().read_index(str(file))
-        if loaded.metric_type != _faiss().METRIC_INNER_PRODUCT:
-            raise ValueError(f"{file}: got another metric, expected inner product")
-        index = FaissIndex(loaded, device)
-    else:  # mode "c": pages are read as they are searched, and torch gets an array it may write to
-        index = TorchIndex(
-            torch.from_numpy(np.load(path / "embeddings.npy", mmap_mode="c")).to(device)
-        )
-    expected = _facts(corpus, encoder)
-    stored = json.loads(facts.read_text(encoding="utf-8")) if path.is_dir() else {}
-    got = {key: stored.get(key) for key in expected} if path.is_dir() else expected
-    got = got | {"rows": index.num_rows}
+    if file.name == "embeddings.npy":  # mode "c": read as searched, and torch may write to it
+        index = TorchIndex(torch.from_numpy(np.load(file, mmap_mode="c")).to(device))
+    else:
+        index = FaissIndex(file, device)
+    got["rows"] = index.num_rows
+    if index.first is not None:  # another encoder's vectors may well have the same width
+        vector = encoder.embed([corpus.read(0)[1]], kind="passage")[0].cpu()  # [D]
+        got["dim"] = len(index.first)
+        if got == expected:
+            cosine = float(torch.cosine_similarity(vector, index.first, dim=0))
+            expected["cosine"], got["cosine"] = 1.0, 1.0 if cosine >= MIN_COSINE else cosine
     for key, value in expected.items():
         if got[key] != value:
             raise ValueError(
                 f"{path}: got an index with {key} {got[key]}, expected {value}, as {corpus.path} and "
                 "the encoder have it; name those it was built from, or build it again"
             )
-    if index.first is not None:
-        vector = encoder.embed([corpus.read(0)[1]], kind="passage")[0].cpu()  # [D]
-        is_wide = len(vector) == len(index.first)
-        cosine = float(torch.cosine_similarity(vector, index.first, dim=0)) if is_wide else 0.0
-        if not cosine >= MIN_COSINE:
-            raise ValueError(
-                f"{path}: got a first vector of width {len(index.first)} and cosine {cosine:.3f} to "
-                f"the encoder's, expected {len(vector)} and 1.000; name the encoder and the corpus "
-                "that it was built from"
-            )
     return index
-
-
-# ---- program ----
 
 
 def build(corpus: Path, encoder: str, out: Path, *, device: str = "cpu", batch_size: int = 64,
