@@ -5,8 +5,9 @@
                                   without the teacher; paired bootstrap intervals on all test questions
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
-again, so an interrupted call goes on where it stopped. Two jobs run side by side with one thread each: models this
-small gain little from a second thread. Results: runs/demo and runs/main.
+again, so an interrupted call goes on where it stopped. Two cores are enough: processes have one thread each (models
+this small gain little from a second), so two jobs run side by side, or one job in two processes.
+Results: runs/demo and runs/main.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from pathlib import Path
 import eval as evaluation
 
 ROOT = Path(__file__).resolve().parent
-SIDE_BY_SIDE = 2
+CORES = 2
 SEEDS = (0, 1, 2)
+DEMO_QUESTIONS = 200  # of each test set; experiment main takes all
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,21 @@ class Job:
     flags: Callable[[], list[str]]  # called when the job starts: it may depend on what ran before
     done: Path  # the file whose presence says that the job has ended well
     needs: tuple[str, ...] = ()
+    cores: int = 1
 
 
-def train_job(name: str, phase: str, folder: Path, *flags: str, needs: tuple[str, ...] = ()) -> Job:
-    command = ["train.py", "--phase", phase, "--run-dir", str(folder), "--overwrite", *flags]
-    return Job(name, lambda: command, folder / "model.safetensors", needs)
+def torchrun(processes: int) -> list[str]:
+    """`torchrun train.py` for this interpreter; one process needs no launcher."""
+    if processes == 1:
+        return ["train.py"]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+
+
+def train_job(
+    name: str, phase: str, folder: Path, *flags: str, needs: tuple[str, ...] = (), processes: int = 1
+) -> Job:
+    command = [*torchrun(processes), "--phase", phase, "--run-dir", str(folder), "--overwrite", *flags]
+    return Job(name, lambda: command, folder / "model.safetensors", needs, processes)
 
 
 def eval_job(name: str, model: Path, out: Path, *flags: str, needs: tuple[str, ...] = ()) -> Job:
@@ -48,11 +60,11 @@ def eval_job(name: str, model: Path, out: Path, *flags: str, needs: tuple[str, .
 
 
 def run_jobs(jobs: list[Job], logs: Path) -> None:
-    """Run the jobs in order, SIDE_BY_SIDE at a time, each once its needs are met; stop at the first failure."""
+    """Run the jobs in order as cores become free, each once its needs are met; stop at the first failure."""
     logs.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    def run(job: Job) -> str:
+    def run(job: Job) -> Job:
         command = [sys.executable, *job.flags()]
         print(f"[{time.perf_counter() - started:5.0f} s] {job.name}: {shlex.join(['python', *command[1:]])}", flush=True)
         log = logs / f"{job.name.replace(' ', '-')}.log"
@@ -62,18 +74,23 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
         if code or not job.done.exists():
             tail = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
-        return job.name
+        return job
 
     met = {job.name for job in jobs if job.done.exists()}
     waiting = [job for job in jobs if job.name not in met]
     running: set[Future] = set()
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    free = CORES
+    with ThreadPoolExecutor(CORES) as pool:
         while waiting or running:
-            for job in [job for job in waiting if met.issuperset(job.needs)][: SIDE_BY_SIDE - len(running)]:
-                waiting.remove(job)
-                running.add(pool.submit(run, job))
+            for job in [job for job in waiting if met.issuperset(job.needs)]:
+                if job.cores <= free:
+                    free -= job.cores
+                    waiting.remove(job)
+                    running.add(pool.submit(run, job))
             finished, running = wait(running, return_when=FIRST_COMPLETED)
-            met |= {future.result() for future in finished}
+            for job in [future.result() for future in finished]:
+                free += job.cores
+                met.add(job.name)
     print(f"[{time.perf_counter() - started:5.0f} s] all jobs done", flush=True)
 
 
@@ -90,18 +107,20 @@ def demo(runs: Path) -> None:
     started = time.perf_counter()
     episodes = str(runs / "episodes.jsonl")
     kd, dgpo = runs / "kd", runs / "dgpo"
+    ask_teacher = [*torchrun(2), "--phase", "episodes", "--episodes", episodes]
+    limit = ("--limit", str(DEMO_QUESTIONS))
     jobs = [
-        Job("episodes", lambda: ["train.py", "--phase", "episodes", "--episodes", episodes], Path(episodes)),
-        eval_job("Student", ROOT / "world/student", runs / "eval-student"),
-        train_job("kd", "kd", kd, "--episodes", episodes, needs=("episodes",)),
-        eval_job("Teacher", ROOT / "world/teacher", runs / "eval-teacher"),
-        train_job("dgpo", "dgpo", dgpo, "--student", str(kd), needs=("kd",)),
-        eval_job("KD", kd, runs / "eval-kd", needs=("kd",)),
-        eval_job("DGPO", dgpo, runs / "eval-dgpo", needs=("dgpo",)),
+        Job("episodes", lambda: ask_teacher, Path(episodes), cores=2),
+        train_job("kd", "kd", kd, "--episodes", episodes, needs=("episodes",), processes=2),
+        train_job("dgpo", "dgpo", dgpo, "--student", str(kd), needs=("kd",), processes=2),
+        eval_job("DGPO", dgpo, runs / "eval-dgpo", *limit, needs=("dgpo",)),
+        eval_job("KD", kd, runs / "eval-kd", *limit, needs=("dgpo",)),
+        eval_job("Teacher", ROOT / "world/teacher", runs / "eval-teacher", *limit, needs=("dgpo",)),
+        eval_job("Student", ROOT / "world/student", runs / "eval-student", *limit, needs=("dgpo",)),
     ]
     run_jobs(jobs, runs / "logs")
     names = ("student", "teacher", "kd", "dgpo")
-    print("\nExact match, greedy, on all test questions of the embedded world\n")
+    print(f"\nExact match, greedy, on {DEMO_QUESTIONS} test questions of each set of the embedded world\n")
     print(evaluation.table([result(runs / f"eval-{name}") for name in names]))
     evaluation.plot_curves([kd / "metrics.jsonl", dgpo / "metrics.jsonl"], runs / "curve.png")
     for sample in sorted((dgpo / "samples").iterdir())[-1:]:
