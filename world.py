@@ -64,7 +64,7 @@ SEARCH_AGAIN = {"similar": 0.25, "other": 0.65, "absent": 0.9}
 DEMONSTRATIONS_PER_QUESTION = 1
 PRETRAIN_ROWS = 12_000
 DECODERS = {"student": (96, 256, 3), "teacher": (128, 384, 4)}  # width, intermediate size, layers
-PRETRAIN_EPOCHS, TEACHER_EPOCHS = {"student": 2.5, "teacher": 1.0}, 3.0
+PRETRAIN_EPOCHS, TEACHER_EPOCHS = {"student": 2.5, "teacher": 1.0}, 2.0
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
