@@ -66,11 +66,19 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
 
     def run(job: Job) -> Job:
         command = [sys.executable, *job.flags()]
-        print(f"[{time.perf_counter() - started:5.0f} s] {job.name}: {shlex.join(['python', *command[1:]])}", flush=True)
+        print(
+            f"[{time.perf_counter() - started:5.0f} s] {job.name}: {shlex.join(['python', *command[1:]])}",
+            flush=True,
+        )
         log = logs / f"{job.name.replace(' ', '-')}.log"
         with log.open("w") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ).returncode
         if code or not job.done.exists():
             tail = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
@@ -136,8 +144,22 @@ def main_comparison(runs: Path) -> None:
         num_kd_steps = len((kd / "perf.jsonl").read_text().splitlines())
         num_steps = math.ceil(seconds(dgpo) / (seconds(kd) / num_kd_steps))
         epochs = json.loads((kd / "run.json").read_text())["settings"]["epochs"] * num_steps / num_kd_steps
-        return ["train.py", "--phase", "kd", "--run-dir", str(runs / f"kd-continued-{seed}"), "--overwrite",
-                "--student", str(kd), "--episodes", f"{episodes}.jsonl", "--seed", str(seed), "--epochs", f"{epochs:.3f}"]
+        return [
+            "train.py",
+            "--phase",
+            "kd",
+            "--run-dir",
+            str(runs / f"kd-continued-{seed}"),
+            "--overwrite",
+            "--student",
+            str(kd),
+            "--episodes",
+            f"{episodes}.jsonl",
+            "--seed",
+            str(seed),
+            "--epochs",
+            f"{epochs:.3f}",
+        ]
 
     jobs: list[Job] = []
     for seed in SEEDS:
@@ -146,31 +168,71 @@ def main_comparison(runs: Path) -> None:
         ask_teacher = ["train.py", "--phase", "episodes", "--episodes", str(episodes), *same_seed]
         jobs += [
             Job(f"episodes {seed}", lambda flags=ask_teacher: flags, episodes),
-            train_job(f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=(f"episodes {seed}",)),
-            train_job(f"dgpo {seed}", "dgpo", runs / f"dgpo-{seed}", "--student", str(kd), *same_seed,
-                      needs=(f"kd {seed}",)),
-            train_job(f"ppo {seed}", "ppo", runs / f"ppo-{seed}", "--student", str(kd), "--kl-where", "none", *same_seed,
-                      needs=(f"kd {seed}",)),
-            Job(f"kd-continued {seed}", lambda seed=seed: continued(seed),
-                runs / f"kd-continued-{seed}" / "model.safetensors", (f"dgpo {seed}",)),
+            train_job(
+                f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=(f"episodes {seed}",)
+            ),
+            train_job(
+                f"dgpo {seed}",
+                "dgpo",
+                runs / f"dgpo-{seed}",
+                "--student",
+                str(kd),
+                *same_seed,
+                needs=(f"kd {seed}",),
+            ),
+            train_job(
+                f"ppo {seed}",
+                "ppo",
+                runs / f"ppo-{seed}",
+                "--student",
+                str(kd),
+                "--kl-where",
+                "none",
+                *same_seed,
+                needs=(f"kd {seed}",),
+            ),
+            Job(
+                f"kd-continued {seed}",
+                lambda seed=seed: continued(seed),
+                runs / f"kd-continued-{seed}" / "model.safetensors",
+                (f"dgpo {seed}",),
+            ),
         ]
     methods = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
     for seed in SEEDS:
         for method, name in methods.items():
-            jobs.append(eval_job(name, runs / f"{method}-{seed}", runs / f"eval-{method}-{seed}",
-                                 needs=(f"{method} {seed}",)))
-            jobs.append(eval_job(name, runs / f"{method}-{seed}", runs / f"eval-t1-{method}-{seed}", "--temperature", "1",
-                                 needs=(f"{method} {seed}",)))
+            jobs.append(
+                eval_job(
+                    name,
+                    runs / f"{method}-{seed}",
+                    runs / f"eval-{method}-{seed}",
+                    needs=(f"{method} {seed}",),
+                )
+            )
+            jobs.append(
+                eval_job(
+                    name,
+                    runs / f"{method}-{seed}",
+                    runs / f"eval-t1-{method}-{seed}",
+                    "--temperature",
+                    "1",
+                    needs=(f"{method} {seed}",),
+                )
+            )
     for name in ("student", "teacher"):
         jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-{name}"))
-        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-t1-{name}", "--temperature", "1"))
+        jobs.append(
+            eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-t1-{name}", "--temperature", "1")
+        )
     run_jobs(jobs, runs / "logs")
     report = []
     for title, prefix in (("greedy", "eval"), ("temperature 1", "eval-t1")):
         rows = [result(runs / f"{prefix}-{name}") for name in ("student", "teacher")]
         rows += [result(runs / f"{prefix}-{method}-{seed}") for method in methods for seed in SEEDS]
         report += [f"Exact match, {title}; one row a seed\n", evaluation.table(rows), ""]
-        report.append(f"DGPO minus the others, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n")
+        report.append(
+            f"DGPO minus the others, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n"
+        )
         ours = [runs / f"{prefix}-dgpo-{seed}" / "result.json" for seed in SEEDS]
         for method in ("kd", "kd-continued", "ppo"):
             theirs = [runs / f"{prefix}-{method}-{seed}" / "result.json" for seed in SEEDS]
@@ -178,16 +240,21 @@ def main_comparison(runs: Path) -> None:
                 report.append(f"{methods[method]:24} {scope:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
         report.append("")
     times = {m: [round(seconds(runs / f"{m}-{seed}")) for seed in SEEDS] for m in methods}
-    report.append("Seconds of training (one thread, two jobs side by side): "
-                  + "; ".join(f"{methods[m]} {t}" for m, t in times.items()))
+    report.append(
+        "Seconds of training (one thread, two jobs side by side): "
+        + "; ".join(f"{methods[m]} {t}" for m, t in times.items())
+    )
     (runs / "report.txt").write_text("\n".join(report) + "\n")
-    evaluation.plot_curves([runs / f"{m}-{s}" / "metrics.jsonl" for m in ("dgpo", "ppo") for s in SEEDS], runs / "curves.png")
+    evaluation.plot_curves(
+        [runs / f"{m}-{s}" / "metrics.jsonl" for m in ("dgpo", "ppo") for s in SEEDS], runs / "curves.png"
+    )
     print("\n".join(report))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", choices=("demo", "main"))
     parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/<experiment>)")
     options = parser.parse_args(argv)

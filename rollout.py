@@ -539,7 +539,8 @@ def main(argv: list[str]) -> None:
     if command == "demonstrate":
         return demonstrate(rest)
     if command != "ask":
-        sys.exit(__doc__ if command in ("", "-h", "--help") else f"rollout.py: got {command!r}, expected ask or demonstrate")
+        is_help = command in ("", "-h", "--help")
+        sys.exit(__doc__ if is_help else f"rollout.py: got {command!r}, expected ask or demonstrate")
     words = []
     while rest and not rest[0].startswith("--"):
         words.append(rest.pop(0))

@@ -37,11 +37,15 @@ def test_eq1_is_cross_entropy_plus_lambda_times_kl_from_teacher_to_student():
 
 
 def test_eq1_gradient_of_the_kl_is_student_minus_teacher_probabilities():
-    student = torch.randn(4, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    student = torch.randn(
+        4, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
     teacher = torch.randn(4, 7, generator=torch.Generator().manual_seed(2))
     loss, _ = dgpo.kd_loss(student, teacher, torch.zeros(4, dtype=torch.long), ce_weight=0.0, kl_weight=1.0)
     loss.sum().backward()
-    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1), atol=FP32, rtol=0)
+    torch.testing.assert_close(
+        student.grad, student.detach().softmax(-1) - teacher.softmax(-1), atol=FP32, rtol=0
+    )
 
 
 def test_eq1_kl_is_zero_against_itself_and_positive_otherwise():
@@ -83,10 +87,14 @@ def test_eq4_gives_no_kl_to_right_episodes_and_none_to_retrieved_tokens():
     torch.testing.assert_close(rewards[wrong][mask[wrong]], (guide - old)[wrong][mask[wrong]])
 
 
-@pytest.mark.parametrize(("where", "guided"), [("wrong", [True, False]), ("all", [True, True]), ("none", [False, False])])
+@pytest.mark.parametrize(
+    ("where", "guided"), [("wrong", [True, False]), ("all", [True, True]), ("none", [False, False])]
+)
 def test_eq4_where_selects_the_guided_episodes(where, guided):
     mask = torch.ones(2, 3, dtype=torch.bool)
-    rewards = dgpo.kl_rewards(torch.tensor([0.0, 1.0]), torch.zeros(2, 3), torch.ones(2, 3), mask, beta=1.0, where=where)
+    rewards = dgpo.kl_rewards(
+        torch.tensor([0.0, 1.0]), torch.zeros(2, 3), torch.ones(2, 3), mask, beta=1.0, where=where
+    )
     assert [bool(row[0] != 0) for row in rewards] == guided
 
 
@@ -135,7 +143,9 @@ def test_gae_by_hand():
 
 def test_gae_at_gamma_and_lambda_one_is_reward_to_go_minus_value_for_any_mask():
     mask = random_masks(seed=7)
-    rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    rewards, values = torch.randn(
+        2, *mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)
+    )
     rewards = torch.where(mask, rewards, 0.0)
     advantages, returns = dgpo.gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
     to_go = rewards.flip(1).cumsum(1).flip(1)
@@ -166,10 +176,16 @@ def test_whitened_entries_have_mean_zero_and_variance_one_under_the_mask():
 def test_whitening_shares_with_common_moments_equals_whitening_the_whole():
     mask = random_masks(seed=13)
     x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(14))
-    stats = dgpo.Moments(*(a + b for a, b in zip(dgpo.moments(x[:5], mask[:5]), dgpo.moments(x[5:], mask[5:]), strict=True)))
+    stats = dgpo.Moments(
+        *(a + b for a, b in zip(dgpo.moments(x[:5], mask[:5]), dgpo.moments(x[5:], mask[5:]), strict=True))
+    )
     whole = dgpo.whiten(x, mask)
-    torch.testing.assert_close(torch.cat([dgpo.whiten(x[:5], mask[:5], stats=stats),
-                                          dgpo.whiten(x[5:], mask[5:], stats=stats)]), whole, atol=FP32, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([dgpo.whiten(x[:5], mask[:5], stats=stats), dgpo.whiten(x[5:], mask[5:], stats=stats)]),
+        whole,
+        atol=FP32,
+        rtol=0,
+    )
 
 
 def test_whitening_survives_one_token_and_none():
@@ -178,14 +194,22 @@ def test_whitening_survives_one_token_and_none():
     assert dgpo.whiten(torch.tensor([[3.0, 4.0]]), ~one & one).tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize(("log_ratio", "advantage", "expected", "is_clipped"), [
-    (0.1, 1.0, -math.exp(0.1), 0), (0.5, 1.0, -1.2, 1), (-0.5, 1.0, -math.exp(-0.5), 0),
-    (0.5, -1.0, math.exp(0.5), 0), (-0.5, -1.0, 0.8, 1), (-0.1, -2.0, 2 * math.exp(-0.1), 0),
-])
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "expected", "is_clipped"),
+    [
+        (0.1, 1.0, -math.exp(0.1), 0),
+        (0.5, 1.0, -1.2, 1),
+        (-0.5, 1.0, -math.exp(-0.5), 0),
+        (0.5, -1.0, math.exp(0.5), 0),
+        (-0.5, -1.0, 0.8, 1),
+        (-0.1, -2.0, 2 * math.exp(-0.1), 0),
+    ],
+)
 def test_eq2_clip_table(log_ratio, advantage, expected, is_clipped):
     mask = torch.ones(1, 1, dtype=torch.bool)
-    result = dgpo.policy_loss(torch.full((1, 1), log_ratio), torch.zeros(1, 1), torch.full((1, 1), advantage), mask,
-                              clip_eps=0.2)
+    result = dgpo.policy_loss(
+        torch.full((1, 1), log_ratio), torch.zeros(1, 1), torch.full((1, 1), advantage), mask, clip_eps=0.2
+    )
     assert result.loss.item() == pytest.approx(expected, abs=FP32)
     assert result.clip_frac.item() == is_clipped
     assert result.approx_kl.item() == pytest.approx(math.exp(log_ratio) - 1 - log_ratio, abs=FP32)
@@ -202,7 +226,9 @@ def test_eq2_gradient_raises_the_probability_of_a_good_token_and_stops_beyond_th
 def test_eq2_ignores_what_is_off_the_mask_even_nan_in_value_and_gradient():
     logprobs = torch.tensor([[-1.0, math.nan, 300.0]], requires_grad=True)
     mask = torch.tensor([[True, False, False]])
-    result = dgpo.policy_loss(logprobs, torch.tensor([[-1.0, 0.0, -300.0]]), torch.ones(1, 3), mask, clip_eps=0.2)
+    result = dgpo.policy_loss(
+        logprobs, torch.tensor([[-1.0, 0.0, -300.0]]), torch.ones(1, 3), mask, clip_eps=0.2
+    )
     result.loss.backward()
     assert result.loss.item() == -1.0 and result.count == 1
     assert logprobs.grad.tolist() == [[-1.0, 0.0, 0.0]]
@@ -211,28 +237,43 @@ def test_eq2_ignores_what_is_off_the_mask_even_nan_in_value_and_gradient():
 def test_eq2_entropy_bonus_lowers_the_loss():
     zeros, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     plain = dgpo.policy_loss(zeros, zeros, zeros, mask, clip_eps=0.2)
-    bonus = dgpo.policy_loss(zeros, zeros, zeros, mask, clip_eps=0.2, entropy=torch.full((1, 2), 1.5), entropy_weight=0.1)
+    bonus = dgpo.policy_loss(
+        zeros, zeros, zeros, mask, clip_eps=0.2, entropy=torch.full((1, 2), 1.5), entropy_weight=0.1
+    )
     assert (bonus.loss - plain.loss).item() == pytest.approx(-0.3, abs=FP32)
 
 
 def test_losses_are_sums_so_a_split_into_micro_batches_changes_nothing():
     mask = random_masks(seed=15)
-    new, old, advantages = torch.randn(3, *mask.shape, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
+    new, old, advantages = torch.randn(
+        3, *mask.shape, generator=torch.Generator().manual_seed(16), dtype=torch.float64
+    )
     whole = dgpo.policy_loss(new, old, advantages, mask, clip_eps=0.2)
-    parts = [dgpo.policy_loss(new[i], old[i], advantages[i], mask[i], clip_eps=0.2) for i in (slice(3), slice(3, None))]
+    parts = [
+        dgpo.policy_loss(new[i], old[i], advantages[i], mask[i], clip_eps=0.2)
+        for i in (slice(3), slice(3, None))
+    ]
     assert sum(p.loss for p in parts).item() == pytest.approx(whole.loss.item(), abs=FP64 * 1000)
     assert sum(p.count for p in parts) == whole.count == mask.sum()
 
 
-@pytest.mark.parametrize(("value", "old", "target", "expected", "is_clipped"), [
-    (1.0, 0.0, 2.0, 0.5 * 1.5**2, 1),  # clipped to 0.5: the larger error counts
-    (1.0, 0.0, 0.0, 0.5 * 1.0, 0),
-    (0.3, 0.0, 1.0, 0.5 * 0.7**2, 0),
-])
+@pytest.mark.parametrize(
+    ("value", "old", "target", "expected", "is_clipped"),
+    [
+        (1.0, 0.0, 2.0, 0.5 * 1.5**2, 1),  # clipped to 0.5: the larger error counts
+        (1.0, 0.0, 0.0, 0.5 * 1.0, 0),
+        (0.3, 0.0, 1.0, 0.5 * 0.7**2, 0),
+    ],
+)
 def test_value_loss_by_hand(value, old, target, expected, is_clipped):
     mask = torch.tensor([[True, False]])
-    result = dgpo.value_loss(torch.tensor([[value, 5.0]]), torch.tensor([[old, 5.0]]), torch.tensor([[target, -5.0]]),
-                             mask, clip_eps=0.5)
+    result = dgpo.value_loss(
+        torch.tensor([[value, 5.0]]),
+        torch.tensor([[old, 5.0]]),
+        torch.tensor([[target, -5.0]]),
+        mask,
+        clip_eps=0.5,
+    )
     assert result.loss.item() == pytest.approx(expected, abs=FP32)
     assert (result.clip_frac.item(), result.count.item()) == (is_clipped, 1)
 

@@ -13,7 +13,12 @@ from reproduce import Job, run_jobs
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
     """A job that appends its name to order.txt, runs `code` and leaves <name>.done."""
     script = f"open('order.txt', 'a').write('{name} '); {code}; open('{name}.done', 'w')"
-    return Job(name, lambda: ["-c", f"import os, sys; os.chdir({str(folder)!r}); {script}"], folder / f"{name}.done", needs)
+    return Job(
+        name,
+        lambda: ["-c", f"import os, sys; os.chdir({str(folder)!r}); {script}"],
+        folder / f"{name}.done",
+        needs,
+    )
 
 
 def order(folder: Path) -> list[str]:
@@ -21,7 +26,11 @@ def order(folder: Path) -> list[str]:
 
 
 def test_a_job_waits_for_what_it_needs_and_finished_ones_are_not_run_again(tmp_path):
-    jobs = [job(tmp_path, "b", "pass", needs=("a",)), job(tmp_path, "c", "pass", needs=("b",)), job(tmp_path, "a", "pass")]
+    jobs = [
+        job(tmp_path, "b", "pass", needs=("a",)),
+        job(tmp_path, "c", "pass", needs=("b",)),
+        job(tmp_path, "a", "pass"),
+    ]
     run_jobs(jobs, tmp_path / "logs")
     assert order(tmp_path) == ["a", "b", "c"]
     (tmp_path / "c.done").unlink()
@@ -30,7 +39,10 @@ def test_a_job_waits_for_what_it_needs_and_finished_ones_are_not_run_again(tmp_p
 
 
 def test_a_failed_job_ends_the_experiment_with_the_end_of_its_log(tmp_path):
-    jobs = [job(tmp_path, "bad", "sys.exit('no such checkpoint')"), job(tmp_path, "after", "pass", needs=("bad",))]
+    jobs = [
+        job(tmp_path, "bad", "sys.exit('no such checkpoint')"),
+        job(tmp_path, "after", "pass", needs=("bad",)),
+    ]
     with pytest.raises(RuntimeError, match="no such checkpoint"):
         run_jobs(jobs, tmp_path / "logs")
     assert order(tmp_path) == ["bad"]

@@ -26,54 +26,135 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def decoder_config(width: int, entries: int) -> dict:
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": entries, "hidden_size": width,
-            "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
-            "max_position_embeddings": 2048}
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": entries,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+    }
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     """A folder with student, teacher, encoder, corpus, questions and episodes."""
     folder = tmp_path_factory.mktemp("mini")
-    raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    raw = RawTokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     raw.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
     (folder / "tokenizer").mkdir()
     raw.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",  # pad = eos: masks must not come from ids
-        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"}))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",  # pad = eos: masks must not come from ids
+                "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>",
+            }
+        )
+    )
     tokenizer = Tokenizer.load(folder / "tokenizer")
     for name, width, seed in (("student", 16, 0), ("teacher", 32, 1)):
-        decoder = new_decoder(decoder_config(width, tokenizer.size + seed), seed)  # heads of different padded size
+        decoder = new_decoder(
+            decoder_config(width, tokenizer.size + seed), seed
+        )  # heads of different padded size
         with torch.no_grad():
             for parameter in decoder.parameters():
                 parameter.mul_(3.0)
         save_decoder(decoder, tokenizer, folder / name)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *"abcdefghijklmnopqrstuvwxyz0123456789",
+        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    ]
     pieces = RawTokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    pieces.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    pieces.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     pieces.save(str(folder / "pieces.json"))
-    save_encoder(new_encoder({"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-                              "vocab_size": len(words), "max_position_embeddings": 64, "type_vocab_size": 2,
-                              "hidden_act": "gelu", "layer_norm_eps": 1e-12}, folder / "pieces.json", 0), folder / "encoder")
+    save_encoder(
+        new_encoder(
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "vocab_size": len(words),
+                "max_position_embeddings": 64,
+                "type_vocab_size": 2,
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-12,
+            },
+            folder / "pieces.json",
+            0,
+        ),
+        folder / "encoder",
+    )
     lines = [{"id": str(i), "contents": f'"Title {i}"\nfact number {i}'} for i in range(20)]
     (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    questions = [{"id": f"q{i}", "question": f"which number has fact {i}", "golden_answers": [str(i)]} for i in range(24)]
+    questions = [
+        {"id": f"q{i}", "question": f"which number has fact {i}", "golden_answers": [str(i)]}
+        for i in range(24)
+    ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n")
-    episodes = [q | {"segments": [{"author": "agent", "text": f"<search>{'f' * (i % 5)}act</search>"},
-                                  {"author": "environment", "text": "\n\n<information>x</information>\n\n"},
-                                  {"author": "agent", "text": f"<answer>{i}</answer>"}]} for i, q in enumerate(questions)]
+    episodes = [
+        q
+        | {
+            "segments": [
+                {"author": "agent", "text": f"<search>{'f' * (i % 5)}act</search>"},
+                {"author": "environment", "text": "\n\n<information>x</information>\n\n"},
+                {"author": "agent", "text": f"<answer>{i}</answer>"},
+            ]
+        }
+        for i, q in enumerate(questions)
+    ]
     (folder / "episodes.jsonl").write_text("\n".join(map(json.dumps, episodes)) + "\n")
-    (folder / "mini.toml").write_text("\n".join([
-        f'student = "{folder}/student"', f'teacher = "{folder}/teacher"', f'encoder = "{folder}/encoder"',
-        f'corpus = "{folder}/corpus.jsonl"', f'questions = "{folder}/questions.jsonl"',
-        f'episodes = "{folder}/episodes.jsonl"', 'prompt = "short"', "max_new_tokens = 8", "max_context_tokens = 200",
-        "max_turns = 2", "top_k = 2", "max_obs_tokens = 60", "batch_size = 8", "epochs = 1", "prompts_per_step = 8",
-        "minibatch_size = 4", "steps = 4", "eval_every = 2", "val_size = 2", "save_every = 1", "kd_lr = 1e-2",
-        "actor_lr = 1e-3", "critic_lr = 1e-3", "actor_warmup_steps = 2", 'device = "cpu"', ""]))
+    (folder / "mini.toml").write_text(
+        "\n".join(
+            [
+                f'student = "{folder}/student"',
+                f'teacher = "{folder}/teacher"',
+                f'encoder = "{folder}/encoder"',
+                f'corpus = "{folder}/corpus.jsonl"',
+                f'questions = "{folder}/questions.jsonl"',
+                f'episodes = "{folder}/episodes.jsonl"',
+                'prompt = "short"',
+                "max_new_tokens = 8",
+                "max_context_tokens = 200",
+                "max_turns = 2",
+                "top_k = 2",
+                "max_obs_tokens = 60",
+                "batch_size = 8",
+                "epochs = 1",
+                "prompts_per_step = 8",
+                "minibatch_size = 4",
+                "steps = 4",
+                "eval_every = 2",
+                "val_size = 2",
+                "save_every = 1",
+                "kd_lr = 1e-2",
+                "actor_lr = 1e-3",
+                "critic_lr = 1e-3",
+                "actor_warmup_steps = 2",
+                'device = "cpu"',
+                "",
+            ]
+        )
+    )
     return folder
 
 
@@ -83,7 +164,9 @@ def run(mini: Path, out: Path, *flags: str) -> list[dict]:
 
 
 def policies(mini: Path) -> tuple[Policy, Policy]:
-    return tuple(Policy(load_decoder(mini / name), Tokenizer.load(mini / name)) for name in ("student", "teacher"))
+    return tuple(
+        Policy(load_decoder(mini / name), Tokenizer.load(mini / name)) for name in ("student", "teacher")
+    )
 
 
 @pytest.mark.parametrize("phase", ["sft", "kd", "ppo", "dgpo"])
@@ -133,9 +216,24 @@ def test_resume_without_a_state_and_damaged_states_are_errors_that_say_what_to_d
 
 
 def test_the_kd_phase_asks_the_teacher_when_there_are_no_episodes(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout.Episode, "score", property(lambda self: float(self.question.golden_answers[0] in ("1", "7", "9"))))
+    monkeypatch.setattr(
+        rollout.Episode,
+        "score",
+        property(lambda self: float(self.question.golden_answers[0] in ("1", "7", "9"))),
+    )
     path = tmp_path / "made.jsonl"
-    run(mini, tmp_path / "run", "--phase", "kd", "--episodes", str(path), "--val-size", "0", "--eval-every", "0")
+    run(
+        mini,
+        tmp_path / "run",
+        "--phase",
+        "kd",
+        "--episodes",
+        str(path),
+        "--val-size",
+        "0",
+        "--eval-every",
+        "0",
+    )
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert {row["golden_answers"][0] for row in kept} == {"1", "7", "9"}  # the correct ones alone
     assert not list(tmp_path.glob("*.part*"))
@@ -167,7 +265,9 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini
         student.decoder.zero_grad()
         total = 0.0
         for group in groups:
-            batch = rollout.collate(group, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id)
+            batch = rollout.collate(
+                group, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id
+            )
             loss, _ = train.distil_loss(student, teacher if with_teacher else None, batch, settings)
             (loss.sum() / 1000).backward()
             total += loss.sum().item() / 1000
@@ -198,13 +298,18 @@ def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(
     episodes = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
     batch = rollout.collate(episodes, pad_id=student.tokenizer.pad_id)
     guided = [i % 3 == 0 for i in range(len(episodes))]
-    runs = [train.score_tokens(student, critic, teacher, batch, guided, train.TrainSettings(micro_batch_tokens=n))
-            for n in (1, 300, 10**6)]
+    runs = [
+        train.score_tokens(student, critic, teacher, batch, guided, train.TrainSettings(micro_batch_tokens=n))
+        for n in (1, 300, 10**6)
+    ]
     mask = batch.response_mask
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             torch.testing.assert_close(a[mask], b[mask], atol=GRADIENT_TOLERANCE, rtol=0, equal_nan=True)
-    assert runs[0][2][~torch.tensor(guided)].isnan().all() and not runs[0][2][torch.tensor(guided)][mask[torch.tensor(guided)]].isnan().any()
+    assert (
+        runs[0][2][~torch.tensor(guided)].isnan().all()
+        and not runs[0][2][torch.tensor(guided)][mask[torch.tensor(guided)]].isnan().any()
+    )
 
 
 def test_micro_batches_hold_every_row_once_within_the_limit():
@@ -214,7 +319,9 @@ def test_micro_batches_hold_every_row_once_within_the_limit():
     assert all(len(g) * max(lengths[i] for i in g) <= 40 or len(g) == 1 for g in groups)
 
 
-def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_teacher_on_wrong_ones(mini, tmp_path, monkeypatch):
+def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_teacher_on_wrong_ones(
+    mini, tmp_path, monkeypatch
+):
     seen = []
     real = dgpo.kl_rewards
 
@@ -249,8 +356,21 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
     flags = ["--phase", phase, "--steps", "2", "--epochs", "0.67", "--eval-every", "0"]
     one = run(mini, tmp_path / "one", *flags)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29581",
-               str(ROOT / "train.py"), "--config", str(mini / "mini.toml"), "--run-dir", str(tmp_path / "two"), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29581",
+        str(ROOT / "train.py"),
+        "--config",
+        str(mini / "mini.toml"),
+        "--run-dir",
+        str(tmp_path / "two"),
+        *flags,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
@@ -261,5 +381,7 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
 
 
 def test_a_mistyped_flag_names_its_nearest_match():
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), "--actor-lrr", "1"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--actor-lrr", "1"], capture_output=True, text=True
+    )
     assert result.returncode == 2 and "actor-lr" in result.stderr
