@@ -78,7 +78,8 @@ def write_tokenizer(folder: Path, **settings: object) -> None:
         ("<|endoftext|>", raw.token_to_id("<|endoftext|>"))])
     folder.mkdir(parents=True, exist_ok=True)
     raw.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "chat_template": CHATML, **settings}
+    default = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "chat_template": CHATML}
+    settings = default | settings
     (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items() if value}))
 
 
