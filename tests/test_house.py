@@ -46,7 +46,7 @@ def test_imports_run_one_way():
     rooms = {*READING_CORE, "checkpoint"} - {"train"}
     programs = {"eval", "world", "reproduce", "bench"}
     assert not [name for name in rooms if imports(name) & programs], "a room imports a program"
-    assert imports("model") & LOCAL <= {"kernels"}
+    assert imports("model") & LOCAL <= {"kernels", "weights", "tokenizer", "encoder"}
     assert imports("retriever") & LOCAL <= {"model", "data"}
 
 
