@@ -439,3 +439,45 @@ def test_hostile_questions_and_passages_stay_text_and_win_nothing(tokenizer, que
     assert sum(i in control for i in episode.segments[0].ids) == 3  # the template's own
     observation = rollout.observation_ids(tokenizer, retriever.search([question], 2)[0], 500)
     assert not control & set(observation)
+
+
+GOLD = {
+    "id": "g1",
+    "question": "who leads the town where Ann was born",
+    "golden_answers": ["Bob"],
+    "context": [
+        {"title": "Ann", "text": "Ann was born in Ume.", "is_supporting": True},
+        {"title": "Cat", "text": "A cat.", "is_supporting": False},
+        {"title": "Ume", "text": "Ume is led by Bob.", "is_supporting": True},
+        {"title": "Dog", "text": "A dog.", "is_supporting": False},
+    ],
+}
+
+
+def test_a_demonstration_follows_the_protocol_and_shows_every_supporting_paragraph(tokenizer, tmp_path):
+    row = rollout.demonstration(GOLD, 2)
+    actions = [rollout.parse_action(s["text"]) for s in row["segments"] if s["author"] == "agent"]
+    assert actions == [("search", GOLD["question"]), ("search", "Ume"), ("answer", "Bob")]
+    blocks = [s["text"] for s in row["segments"] if s["author"] == "environment"]
+    assert "Ann was born" in blocks[0] and "led by Bob" in blocks[1]
+    assert all(block.count("Doc ") == 2 and block.endswith(rollout.INFORMATION_END) for block in blocks)
+    assert rollout.demonstration(GOLD, 2) == row  # no chance in it
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    [episode] = rollout.load_episodes(tmp_path / "d.jsonl", tokenizer, prompt="short")
+    assert [s.author for s in episode.segments] == ["prompt", *["agent", "environment"] * 2, "agent"]
+
+
+def test_demonstrate_keeps_a_split_and_names_the_line_of_a_bad_row(tmp_path, capsys):
+    rows = [GOLD | {"split": "train"}, GOLD | {"split": "dev", "id": "g2"}]
+    (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    rollout.main(["demonstrate", "--gold", str(tmp_path / "gold.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").open()] == ["g1"]
+    (tmp_path / "gold.jsonl").write_text('{"id": "g1"}\n')
+    with pytest.raises(SystemExit, match="gold.jsonl:1: got KeyError"):
+        rollout.main(["demonstrate", "--gold", str(tmp_path / "gold.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+
+
+def test_the_program_says_what_it_expects():
+    for words in (["ask"], ["aks", "who"]):
+        with pytest.raises(SystemExit, match="expected"):
+            rollout.main(words)
