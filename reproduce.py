@@ -137,118 +137,69 @@ def demo(runs: Path) -> None:
     print(f"Curve: {runs / 'curve.png'}. Everything took {time.perf_counter() - started:.0f} s.")
 
 
-def main_comparison(runs: Path) -> None:
-    def continued(seed: int) -> list[str]:
-        """KD from where it ended, with as many steps as fit into the time DGPO took."""
-        kd, dgpo, episodes = (runs / f"{name}-{seed}" for name in ("kd", "dgpo", "episodes"))
-        num_kd_steps = len((kd / "perf.jsonl").read_text().splitlines())
-        num_steps = math.ceil(seconds(dgpo) / (seconds(kd) / num_kd_steps))
-        epochs = json.loads((kd / "run.json").read_text())["settings"]["epochs"] * num_steps / num_kd_steps
-        return [
-            "train.py",
-            "--phase",
-            "kd",
-            "--run-dir",
-            str(runs / f"kd-continued-{seed}"),
-            "--overwrite",
-            "--student",
-            str(kd),
-            "--episodes",
-            f"{episodes}.jsonl",
-            "--seed",
-            str(seed),
-            "--epochs",
-            f"{epochs:.3f}",
-        ]
+METHODS = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
+SCOPES = {"eval": ("greedy", ()), "eval-t1": ("temperature 1", ("--temperature", "1"))}
 
+
+def kd_continued(runs: Path, seed: int) -> list[str]:
+    """KD from where it ended, with as many steps as fit into the time DGPO took."""
+    kd, dgpo = runs / f"kd-{seed}", runs / f"dgpo-{seed}"
+    num_kd_steps = len((kd / "perf.jsonl").read_text().splitlines())
+    num_steps = math.ceil(seconds(dgpo) / (seconds(kd) / num_kd_steps))
+    epochs = json.loads((kd / "run.json").read_text())["settings"]["epochs"] * num_steps / num_kd_steps
+    command = ["train.py", "--phase", "kd", "--run-dir", str(runs / f"kd-continued-{seed}"), "--overwrite"]
+    command += ["--student", str(kd), "--episodes", str(runs / f"episodes-{seed}.jsonl"), "--seed", str(seed)]
+    return [*command, "--epochs", f"{epochs:.3f}"]
+
+
+def main_jobs(runs: Path) -> list[Job]:
     jobs: list[Job] = []
     for seed in SEEDS:
-        episodes, kd = runs / f"episodes-{seed}.jsonl", runs / f"kd-{seed}"
-        same_seed = ("--seed", str(seed))
+        episodes, kd, same_seed = runs / f"episodes-{seed}.jsonl", runs / f"kd-{seed}", ("--seed", str(seed))
         ask_teacher = ["train.py", "--phase", "episodes", "--episodes", str(episodes), *same_seed]
-        jobs += [
-            Job(f"episodes {seed}", lambda flags=ask_teacher: flags, episodes),
-            train_job(
-                f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=(f"episodes {seed}",)
-            ),
-            train_job(
-                f"dgpo {seed}",
-                "dgpo",
-                runs / f"dgpo-{seed}",
-                "--student",
-                str(kd),
-                *same_seed,
-                needs=(f"kd {seed}",),
-            ),
-            train_job(
-                f"ppo {seed}",
-                "ppo",
-                runs / f"ppo-{seed}",
-                "--student",
-                str(kd),
-                "--kl-where",
-                "none",
-                *same_seed,
-                needs=(f"kd {seed}",),
-            ),
-            Job(
-                f"kd-continued {seed}",
-                lambda seed=seed: continued(seed),
-                runs / f"kd-continued-{seed}" / "model.safetensors",
-                (f"dgpo {seed}",),
-            ),
-        ]
-    methods = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
-    for seed in SEEDS:
-        for method, name in methods.items():
-            jobs.append(
-                eval_job(
-                    name,
-                    runs / f"{method}-{seed}",
-                    runs / f"eval-{method}-{seed}",
-                    needs=(f"{method} {seed}",),
-                )
-            )
-            jobs.append(
-                eval_job(
-                    name,
-                    runs / f"{method}-{seed}",
-                    runs / f"eval-t1-{method}-{seed}",
-                    "--temperature",
-                    "1",
-                    needs=(f"{method} {seed}",),
-                )
-            )
-    for name in ("student", "teacher"):
-        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-{name}"))
-        jobs.append(
-            eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-t1-{name}", "--temperature", "1")
-        )
-    run_jobs(jobs, runs / "logs")
+        jobs.append(Job(f"episodes {seed}", lambda flags=ask_teacher: flags, episodes))
+        taught = (f"episodes {seed}",)
+        jobs.append(train_job(f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=taught))
+        for name, phase, *flags in (("dgpo", "dgpo"), ("ppo", "ppo", "--kl-where", "none")):
+            flags = ("--student", str(kd), *flags, *same_seed)
+            jobs.append(train_job(f"{name} {seed}", phase, runs / f"{name}-{seed}", *flags, needs=(f"kd {seed}",)))
+        longer = runs / f"kd-continued-{seed}" / "model.safetensors"
+        jobs.append(Job(f"kd-continued {seed}", lambda seed=seed: kd_continued(runs, seed), longer, (f"dgpo {seed}",)))
+    for scope, (_, flags) in SCOPES.items():
+        for name in ("student", "teacher"):
+            jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"{scope}-{name}", *flags))
+        for seed in SEEDS:
+            for method, name in METHODS.items():
+                model, out, needs = runs / f"{method}-{seed}", runs / f"{scope}-{method}-{seed}", (f"{method} {seed}",)
+                jobs.append(eval_job(name, model, out, *flags, needs=needs))
+    return jobs
+
+
+def main_report(runs: Path) -> str:
+    """Tables, and DGPO minus each other method with its interval."""
     report = []
-    for title, prefix in (("greedy", "eval"), ("temperature 1", "eval-t1")):
-        rows = [result(runs / f"{prefix}-{name}") for name in ("student", "teacher")]
-        rows += [result(runs / f"{prefix}-{method}-{seed}") for method in methods for seed in SEEDS]
+    for scope, (title, _) in SCOPES.items():
+        rows = [result(runs / f"{scope}-{name}") for name in ("student", "teacher")]
+        rows += [result(runs / f"{scope}-{method}-{seed}") for method in METHODS for seed in SEEDS]
         report += [f"Exact match, {title}; one row a seed\n", evaluation.table(rows), ""]
-        report.append(
-            f"DGPO minus the others, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n"
-        )
-        ours = [runs / f"{prefix}-dgpo-{seed}" / "result.json" for seed in SEEDS]
+        report.append(f"DGPO minus another, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n")
+        ours = [runs / f"{scope}-dgpo-{seed}" / "result.json" for seed in SEEDS]
         for method in ("kd", "kd-continued", "ppo"):
-            theirs = [runs / f"{prefix}-{method}-{seed}" / "result.json" for seed in SEEDS]
-            for scope, (mean, low, high) in evaluation.compare(ours, theirs).items():
-                report.append(f"{methods[method]:24} {scope:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+            theirs = [runs / f"{scope}-{method}-{seed}" / "result.json" for seed in SEEDS]
+            for part, (mean, low, high) in evaluation.compare(ours, theirs).items():
+                report.append(f"{METHODS[method]:24} {part:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
         report.append("")
-    times = {m: [round(seconds(runs / f"{m}-{seed}")) for seed in SEEDS] for m in methods}
-    report.append(
-        "Seconds of training (one thread, two jobs side by side): "
-        + "; ".join(f"{methods[m]} {t}" for m, t in times.items())
-    )
-    (runs / "report.txt").write_text("\n".join(report) + "\n")
-    evaluation.plot_curves(
-        [runs / f"{m}-{s}" / "metrics.jsonl" for m in ("dgpo", "ppo") for s in SEEDS], runs / "curves.png"
-    )
-    print("\n".join(report))
+    times = {method: [round(seconds(runs / f"{method}-{seed}")) for seed in SEEDS] for method in METHODS}
+    report.append("Seconds of training, one thread: " + "; ".join(f"{METHODS[m]} {t}" for m, t in times.items()))
+    return "\n".join(report)
+
+
+def main_comparison(runs: Path) -> None:
+    run_jobs(main_jobs(runs), runs / "logs")
+    (runs / "report.txt").write_text(main_report(runs) + "\n")
+    curves = [runs / f"{method}-{seed}" / "metrics.jsonl" for method in ("dgpo", "ppo") for seed in SEEDS]
+    evaluation.plot_curves(curves, runs / "curves.png")
+    print(main_report(runs))
 
 
 def main(argv: list[str]) -> None:
