@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import world
 from data import hit, load_questions
@@ -20,7 +21,7 @@ from encyclopaedia import (
     make_corpus,
     make_entities,
 )
-from model import Tokenizer
+from model import Tokenizer, new_decoder
 from retriever import Passage
 from rollout import parse_action
 
@@ -168,3 +169,9 @@ def test_wordings_differ_in_worth_by_construction():
 def test_the_shipped_world_is_small():
     total = sum(path.stat().st_size for path in world.WORLD.rglob("*") if path.is_file())
     assert total < MAX_WORLD_BYTES, total
+
+
+def test_a_grown_decoder_computes_the_same_function():
+    small = new_decoder(world.decoder_config(2, 50, 1), seed=0)
+    ids = torch.arange(40).view(2, 20)
+    assert torch.equal(world.grow(small, 4, seed=1)(ids), small(ids))
