@@ -68,7 +68,7 @@ STUDENT_LAYERS, TEACHER_LAYERS = 3, 6
 # after each stage: 0.51, 0.77, more); small batches bring it sooner than large ones. The teacher grows from GROW_AFTER.
 STAGES = ((2.5, 32, 3e-3, 30), (1.0, 16, 2e-3, 40), (1.0, 16, 1.5e-3, 40))  # and warm-up steps
 GROW_AFTER = 2
-TEACHER_STAGE = (1.5, 16, 2e-3, 40)
+TEACHER_STAGES = ((1.5, 16, 2e-3, 40), (2.0, 16, 2e-3, 40))
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -401,9 +401,12 @@ def build_models(seed: int = SEED) -> None:
         folder = SCRATCH / f"stage-{number}"
     save_decoder(load_decoder(folder), tokenizer, WORLD / "student")
     grown = grow(load_decoder(SCRATCH / f"stage-{GROW_AFTER}"), TEACHER_LAYERS, seed=1)
-    save_decoder(grown, tokenizer, SCRATCH / "grown")
-    sft(SCRATCH / "grown", SCRATCH / "demonstrations.jsonl", SCRATCH / "teacher", TEACHER_STAGE, processes=2)
-    save_decoder(load_decoder(SCRATCH / "teacher"), tokenizer, WORLD / "teacher")
+    folder = SCRATCH / "teacher-0"
+    save_decoder(grown, tokenizer, folder)
+    for number, stage in enumerate(TEACHER_STAGES, 1):
+        sft(folder, SCRATCH / "demonstrations.jsonl", SCRATCH / f"teacher-{number}", stage, processes=2)
+        folder = SCRATCH / f"teacher-{number}"
+    save_decoder(load_decoder(folder), tokenizer, WORLD / "teacher")
 
 
 # ---- the program

@@ -21,6 +21,7 @@ from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, sav
 from rollout import Policy
 
 GRADIENT_TOLERANCE = 1e-5  # fp32 sums in another order
+FIRST_LOG_RATIO = 1e-5  # fp32, two layers
 METRIC_TOLERANCE = 1e-4  # the same after a few Adam steps, which amplify small gradients
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -344,6 +345,12 @@ def test_the_phase_switches_when_the_sampled_score_is_reached(mini, tmp_path, mo
     assert len(rows) == 2  # the first validation
 
 
+def test_the_ratio_is_one_before_the_first_update_of_every_step(mini, tmp_path):
+    rows = run(mini, tmp_path / "run", "--phase", "dgpo")
+    assert all(row["loss/first_log_ratio"] <= FIRST_LOG_RATIO for row in rows)
+    assert all(row["rollout/sampler_gap"] <= FIRST_LOG_RATIO for row in rows)  # the sampler agrees as well
+
+
 def test_critic_only_steps_leave_the_actor_alone(mini, tmp_path):
     run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2", "--critic-only-steps", "2")
     before, after = load_decoder(mini / "student"), load_decoder(tmp_path / "run")
@@ -376,7 +383,7 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
     two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
-        for key in a:
+        for key in a.keys() - {"loss/first_log_ratio"}:
             assert b[key] == pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE), key
 
 
