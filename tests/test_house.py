@@ -120,3 +120,9 @@ def test_nothing_large_is_committed():
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
     assert sum(path.stat().st_size for path in files if path.is_file()) < 12e6
+
+
+def test_the_readme_s_file_map_lists_every_file_with_about_its_length():
+    rows = re.findall(r"^\| `(\w+)\.py`(?: \*)? \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name, _ in rows} == LOCAL
+    assert not [(name, lines, num_lines(name)) for name, lines in rows if abs(int(lines) - num_lines(name)) > 25]
