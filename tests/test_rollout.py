@@ -481,3 +481,15 @@ def test_the_program_says_what_it_expects():
     for words in (["ask"], ["aks", "who"]):
         with pytest.raises(SystemExit, match="expected"):
             rollout.main(words)
+
+
+@pytest.mark.gpu
+def test_greedy_episodes_are_the_same_on_the_gpu(tokenizer):
+    decoder = new_decoder(tiny_config(tokenizer.size), seed=1)
+    settings = RolloutSettings(max_new_tokens=12, max_context_tokens=400, max_turns=3, temperature=0, prompt="short")
+    questions = [ask(f"question {'x' * i}") for i in range(7)]
+    runs = [
+        rollout.generate(Policy(decoder.to(device), tokenizer), FixedRetriever(), questions, settings, seed=0)
+        for device in ("cpu", "cuda")
+    ]
+    assert [e.ids for e in runs[0]] == [e.ids for e in runs[1]]
