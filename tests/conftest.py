@@ -30,4 +30,4 @@ def real_assets() -> Path:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """questions/, passages/ and gold/."""
-    return _folder("DGPO_TEST_DATA", ROOT.parent / "shared" / "data")
+    return _folder("DGPO_TEST_DATA", ROOT / "build" / "data")
