@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_rollout.py
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model import Tokenizer, new_decoder
 from retriever import Passage
 from rollout import Episode, Policy, RolloutSettings, Segment
 
+ROOT = Path(__file__).resolve().parent.parent
 EOS = 257
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 MAX_LOGPROB_DIFFERENCE = 1e-5  # fp32: sampler with a cache against one pass over the whole episode
@@ -493,3 +495,10 @@ def test_greedy_episodes_are_the_same_on_the_gpu(tokenizer):
         for device in ("cpu", "cuda")
     ]
     assert [e.ids for e in runs[0]] == [e.ids for e in runs[1]]
+
+
+def test_ask_prints_one_episode_of_the_embedded_world(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    rollout.main(["ask", "Who wrote the novel Silver Harbor?", "--model", "world/teacher"])
+    printed = capsys.readouterr().out
+    assert "| <search>" in printed and "<information>Doc 1(Title:" in printed and "[answered;" in printed
