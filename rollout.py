@@ -29,7 +29,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -489,11 +489,6 @@ def demonstration(row: dict, num_passages: int) -> dict:
 # ---- the program ----
 
 
-# What a training preset tells this program: what is searched and how an episode runs.
-SHARED = ("corpus", "encoder", "index", "prompt", "max_turns", "top_k", "max_new_tokens", "max_obs_tokens",
-          "max_context_tokens", "rollout_rows")
-
-
 @dataclass
 class AskSettings(RolloutSettings):
     model: str = setting("runs/dgpo", "checkpoint that answers")
@@ -509,7 +504,8 @@ def ask(words: list[str], argv: list[str]) -> None:
     if not words:
         sys.exit('rollout.py: got no question; expected: python rollout.py ask "who wrote ..." --model DIR')
     settings = config.load(AskSettings, argv, prog="rollout.py ask", description="Watch one episode.",
-                           default_config=Path(__file__).parent / "configs" / "world.toml", shared=SHARED)
+                           default_config=Path(__file__).parent / "configs" / "world.toml",
+                           shared={f.name for f in fields(AskSettings)} - {"seed", "temperature"})
     policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
     retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
     question = Question("asked", " ".join(words), (), "asked")
