@@ -31,7 +31,7 @@ BF16_TOLERANCE = 0.06  # bf16 has 8 bits
 REAL_LOGIT_TOLERANCE = 1e-4  # fp32, 30 layers, logits of size 20
 PROBE = "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France."
 PROBE_NLL, PROBE_NLL_TOLERANCE = 2.364, 0.001
-ASSETS = Path(os.environ.get("DGPO_TEST_ASSETS", Path(__file__).parents[1] / ".." / "assets_real"))
+ASSETS = Path(os.environ.get("DGPO_TEST_ASSETS", Path(__file__).parents[1] / "build" / "assets"))
 NO_ASSETS = f"needs {{}} in {ASSETS} (or in DGPO_TEST_ASSETS)"
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
