@@ -9,7 +9,7 @@ What the world was built to contain (encyclopaedia.py says more; none of it is e
 1. The teacher imitates a scripted expert that words every query in one of three ways, whatever the
    question: the bare name (most often, and worst: namesakes crowd the passage out), the question (of
    several hops, the question of this hop), or name and kind (best). When the passage is missing it searches
-   again half of the time, or else trusts the first namesake's passage and answers from it. These
+   again sometimes (SEARCH_AGAIN), or else trusts the first namesake's passage and answers from it. These
    demonstrations are not filtered: the teacher is imperfect, its choices are a mixture, and which of them
    pays is known to the reward alone.
 2. The student is pretrained on passages, notes and questions with answers about training entities, never on the
