@@ -57,8 +57,8 @@ from run import Run, sum_over_processes
 
 PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
-# Before the first update the policy is the one that acted. A test holds a model of two layers to 1e-5; deep models round
-# more (SmolLM2's logits: 5e-5 between implementations), so the size is logged and only a real mismatch stops the run.
+# Before the first update the policy is the one that acted. A test holds a model of two layers to 1e-5; deep models
+# round more (SmolLM2's logits: 5e-5 between implementations): the size is logged, a real mismatch stops the run.
 MAX_FIRST_LOG_RATIO = 1e-3
 
 
