@@ -267,13 +267,14 @@ def _step(
     # A decode step runs over all rows, which saves gathering the cache; idle rows write one junk token where
     # their next real token will be written before anything can attend to it.
     part = list(range(len(rows))) if width == 1 else slots
+    writing = set(slots)
     ids = np.zeros((len(part), width), np.int64)
     positions = np.zeros((len(part), width), np.int64)
     for i, slot in enumerate(part):
         row = rows[slot]
         if row is None:
             continue
-        count = len(row.pending) if slot in slots or width > 1 else 0
+        count = len(row.pending) if slot in writing else 0
         ids[i, :count] = row.pending[:count]
         # Padding goes to later slots, which real tokens fill before anything can attend to them.
         positions[i] = np.minimum(row.cached + np.arange(width), settings.max_context_tokens)
@@ -283,7 +284,7 @@ def _step(
         cache=cache,
         rows=None if width == 1 else torch.tensor(part, device=device),
     )  # [B, T, D]
-    chosen = [part.index(slot) for slot in slots] if width == 1 else list(range(len(slots)))
+    chosen = slots if width == 1 else list(range(len(slots)))
     active = [rows[slot] for slot in slots]
     last = torch.tensor([len(row.pending) - 1 for row in active], device=device)
     noise = uniforms(seed, [row.index for row in active], [row.sampled for row in active])
