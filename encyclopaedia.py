@@ -210,15 +210,15 @@ class Entity:
         return f"{self.name} ({self.kind})"
 
 
-def make_entities(seed: int) -> dict[str, Entity]:
-    """All entries by title; links never leave a half and never lead to a namesake."""
+def make_entities(seed: int, *, without: frozenset[str] = frozenset()) -> dict[str, Entity]:
+    """All entries by title; links never leave a half and never lead to a namesake. `without`: names not to be used."""
     rng = random.Random(f"entities {seed}")
     entities: dict[str, Entity] = {}
     for first, second, count, kinds in (
         (FIRST_WORDS, SECOND_WORDS, NUM_THING_NAMES, THINGS),
         (GIVEN_NAMES, FAMILY_NAMES, NUM_PERSON_NAMES, PROFESSIONS),
     ):
-        names = rng.sample([f"{a} {b}" for a in first for b in second], count)
+        names = rng.sample([name for a in first for b in second if (name := f"{a} {b}") not in without], count)
         for row, name in enumerate(names):
             split = "train" if row < TRAIN_SHARE * count else "test"
             for kind in rng.sample(kinds, rng.choice(NAMESAKES)):

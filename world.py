@@ -1,6 +1,6 @@
 """The embedded world: encyclopaedia, questions, tokenizers, encoder, teacher and student, in the real file formats.
 
-  python world.py build-data   corpus, questions, tokenizers, encoder; runs/world/{pretrain,demonstrations}.jsonl
+  python world.py build-data   corpus, questions, tokenizers, encoder; runs/world/{copying,reading,demonstrations}.jsonl
   python world.py measure      how often each wording of a query finds its passage (training questions)
   python world.py build        build-data, then pretrains the student and trains the teacher (train.py --phase sft)
 
@@ -12,9 +12,11 @@ What the world was built to contain (encyclopaedia.py says more; none of it is e
    again sometimes (SEARCH_AGAIN), or else trusts the first namesake's passage and answers from it. These
    demonstrations are not filtered: the teacher is imperfect, its choices are a mixture, and which of them
    pays is known to the reward alone.
-2. The student is pretrained on passages, notes and questions with answers about training entities, never on the
+2. Student and teacher learn to read from encyclopaedias of other seeds, so that nothing is gained by remembering
+   facts; these have none of the names of the shipped test half.
+3. The student is pretrained on copying lists and on notes and answers about passages it is shown, never on the
    protocol: it has no tag in its training text and cannot search or answer.
-3. Nothing was tuned on test questions.
+4. Nothing was tuned on test questions.
 """
 
 from __future__ import annotations
@@ -26,21 +28,26 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from encyclopaedia import (
+    FAMILY_NAMES,
+    FIRST_WORDS,
+    GIVEN_NAMES,
     GROUPS,
     MULTI_HOP,
     NUM_QUESTIONS,
     PROFESSIONS,
     SCHEMA,
+    SECOND_WORDS,
     SINGLE_HOP,
+    THINGS,
     Entity,
     ask,
     chain_question,
@@ -56,31 +63,14 @@ ROOT = Path(__file__).resolve().parent
 WORLD, SCRATCH = ROOT / "world", ROOT / "runs" / "world"
 SEED = 7
 VOCAB_SIZE, ENCODER_VOCAB_SIZE = 1536, 2000
-TOP_K, MAX_SEARCHES = 3, 4
+TOP_K, MAX_SEARCHES = 1, 4
 # the expert: chances of the three wordings, and of searching again when the passage did not come back: by
 # whether the first namesake is of a similar kind (work and work, artist and artist), another kind, or absent
-WORDINGS = {"poor": 0.45, "medium": 0.30, "good": 0.25}
-SEARCH_AGAIN = {"similar": 0.25, "other": 0.65, "absent": 0.9}
-DEMONSTRATIONS_PER_QUESTION = 1
-PRETRAIN_ROWS = 12_000
+WORDINGS = {"poor": 0.40, "medium": 0.30, "good": 0.30}
+SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
+DEMONSTRATIONS, DEMONSTRATION_WORLDS = 20_000, 40
+LIST_ROWS, READING_ROWS, ROWS_PER_WORLD = 6_000, 24_000, 150  # the student's pretraining, one after the other
 STUDENT_LAYERS, TEACHER_LAYERS = 3, 6
-
-
-class Stage(NamedTuple):
-    """One run of train.py --phase sft."""
-
-    epochs: float
-    batch_size: int
-    lr: float  # peak
-    warmup_steps: int
-    seed: int = 0
-
-
-# Copying appears late and suddenly: the student copies 51 % of the values in its training notes after the first
-# stage, 77 % after the second. The teacher grows from the student of stage GROW_AFTER (docs/log.md: why).
-STUDENT_STAGES = (Stage(2.5, 32, 3e-3, 30), Stage(1.0, 16, 2e-3, 40), Stage(1.0, 16, 1.5e-3, 40))
-GROW_AFTER = 2
-TEACHER_STAGES = (Stage(1.5, 16, 2e-3, 40), Stage(2.0, 16, 2e-3, 40), Stage(2.0, 16, 2e-3, 40, seed=1))
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -224,59 +214,117 @@ def demonstrate(
     return episodes
 
 
-# ---- pretraining text: passages, notes, questions with answers; never a tag
+# ---- other encyclopaedias, to learn reading from
 
 
-def documents(contents: list[str]) -> str:
-    """Passages as an observation shows them, without the tags around it."""
-    split = [text.split("\n", 1) for text in contents]
-    return "".join(f"Doc {i + 1}(Title: {title}) {text}\n" for i, (title, text) in enumerate(split))
+def practice_worlds(number: int, first_seed: int) -> Iterator[tuple[dict[str, Entity], list[dict[str, str]]]]:
+    """(entities, corpus) of other seeds, without the names of the shipped test half."""
+    hidden = frozenset(entity.name for entity in make_entities(SEED).values() if entity.split == "test")
+    for seed in range(first_seed, first_seed + number):
+        entities = make_entities(seed, without=hidden)
+        yield entities, make_corpus(entities, seed)
 
 
-def pretrain_rows(
-    entities: dict[str, Entity], corpus: list[dict[str, str]], *, count: int, seed: int
-) -> list[dict[str, Any]]:
-    """Plain-text rows; facts of the test half appear in passages only, never in a note, question or answer."""
-    rng = random.Random(f"pretrain {seed}")
-    contents = {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
-    everyone = list(entities.values())
-    train = [entity for entity in everyone if entity.split == "train"]
-    groups: dict[str, list[Entity]] = {}
-    for entity in train:
-        groups.setdefault(entity.name, []).append(entity)
-    rows = []
-    for i in range(count):
+def document(contents: str) -> str:
+    """A passage as an observation shows it, without the tags around it."""
+    title, text = contents.split("\n", 1)
+    return f"Doc 1(Title: {title}) {text}\n"
+
+
+def list_to_copy(rng: random.Random) -> tuple[str, str]:
+    """(a list, the same list again): copying with nothing else to learn."""
+    items = []
+    for _ in range(rng.choice((4, 8, 12, 16))):
+        first, second = rng.choice(((FIRST_WORDS, SECOND_WORDS), (GIVEN_NAMES, FAMILY_NAMES)))
         draw = rng.random()
-        if draw < 0.12:  # passages of either half
-            text = "\n".join(contents[e.title] for e in rng.sample(everyone, 5))
-        elif draw < 0.22:  # a chain of passages, a multi-hop question and its answer
-            row = chain_question(entities, rng.choice(train), rng.choice((2, 2, 3)), rng.choice(MULTI_HOP), rng)
-            hops = row["metadata"]["hops"]
-            lines = [note(r, entities[t].kind, entities[t].name, entities[t].facts[r]) for t, r in hops]
-            shown = rng.sample(hops, len(hops))
-            text = f"Question: {row['question']}\n{documents([contents[t] for t, _ in shown])}"
-            text += f"Note: {' , '.join(lines)}\nAnswer: {row['golden_answers'][0]}\n"
-        else:  # namesakes side by side: notes and questions pick the right one
-            target = rng.choice(train)
-            shown = rng.sample(groups[target.name], min(3, len(groups[target.name])))
-            if rng.random() < 0.35:
-                shown = [*shown[:2], rng.choice(train)]
-            rng.shuffle(shown)
-            text = documents([contents[e.title] for e in shown])
-            for _ in range(rng.choice((2, 3))):
-                e = rng.choice(shown)
-                relation = rng.choice(list(e.facts))
-                fact = note(relation, e.kind, e.name, e.facts[relation])
-                question = ask(e, relation, rng.choice(SINGLE_HOP + MULTI_HOP), rng)
-                shape = rng.random()
-                if shape < 0.4:
-                    text += f"Note: {fact}\n"
-                else:
-                    text += f"Question: {question}\n" + (f"Note: {fact}\n" if shape < 0.8 else "")
-                    text += f"Answer: {e.facts[relation]}\n"
-        segments = [{"author": "agent", "text": text.strip()}]
-        rows.append({"id": f"pretrain_{i}", "question": "", "golden_answers": [], "segments": segments})
+        if draw < 0.7:
+            items.append(f"{rng.choice(first)} {rng.choice(second)}")
+        else:
+            items.append(str(rng.randrange(1800, 1960)) if draw < 0.85 else rng.choice(THINGS + PROFESSIONS))
+    text = " , ".join(items)
+    return f"List: {text}\nAgain:", f" {text}\n"
+
+
+Turn = tuple[str, str]  # (what is shown, what is told about it)
+
+
+def chain_to_read(entities: dict[str, Entity], contents: dict[str, str], rng: random.Random) -> list[Turn]:
+    """A question of several hops, its passages one after the other, and its answer."""
+    start = rng.choice(list(entities.values()))
+    row = chain_question(entities, start, rng.choice((2, 2, 3)), rng.choice(MULTI_HOP), rng)
+    turns = []
+    for title, relation in row["metadata"]["hops"]:
+        entity = entities[title]
+        fact = note(relation, entity.kind, entity.name, entity.facts[relation])
+        turns.append((document(contents[title]), f"Note: {fact}\n"))
+    (first, told), (last, note_of_last) = turns[0], turns[-1]
+    turns[0] = (f"Question: {row['question']}\n{first}", told)
+    turns[-1] = (last, f"{note_of_last}Answer: {row['golden_answers'][0]}\n")
+    return turns
+
+
+def passages_to_read(
+    entities: dict[str, Entity], contents: dict[str, str], namesakes: dict[str, list[Entity]], rng: random.Random
+) -> list[Turn]:
+    """One to three passages that share a name, each followed by notes and answers about it."""
+    together = namesakes[rng.choice(list(entities.values())).name]
+    turns = []
+    for entity in rng.sample(together, rng.choice((1, 1, 2, 3))):
+        told = ""
+        for _ in range(3):
+            relation, style, shape = rng.choice(list(entity.facts)), rng.choice(SINGLE_HOP + MULTI_HOP), rng.random()
+            fact = f"Note: {note(relation, entity.kind, entity.name, entity.facts[relation])}\n"
+            if shape < 0.5:
+                told += fact
+            elif shape < 0.9:
+                told += f"Question: {ask(entity, relation, style, rng)}\n"
+                told += (fact if shape < 0.75 else "") + f"Answer: {entity.facts[relation]}\n"
+            else:
+                other = rng.choice([namesake for namesake in together if namesake is not entity])
+                told += f"Question: {ask(other, rng.choice(list(other.facts)), style, rng)}\n"
+                told += f"Note: no {other.kind} {other.name} here\n"
+        turns.append((document(contents[entity.title]), told))
+    return turns
+
+
+def pretrain_rows(number: int, first_seed: int, *, lists: float) -> list[dict[str, Any]]:
+    """Episodes without question or tag; what is shown is the environment's, so only what is told is trained on."""
+    rng, rows = random.Random(f"pretrain {first_seed}"), []
+    for entities, corpus in practice_worlds(number // ROWS_PER_WORLD, first_seed):
+        contents = {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
+        namesakes: dict[str, list[Entity]] = {}
+        for entity in entities.values():
+            namesakes.setdefault(entity.name, []).append(entity)
+        for _ in range(ROWS_PER_WORLD):
+            if rng.random() < lists:
+                turns = [list_to_copy(rng)]
+            elif rng.random() < 0.3:
+                turns = chain_to_read(entities, contents, rng)
+            else:
+                turns = passages_to_read(entities, contents, namesakes, rng)
+            segments = []
+            for shown, told in turns:
+                segments += [{"author": "environment", "text": shown}, {"author": "agent", "text": told}]
+            name = f"pretrain_{first_seed}_{len(rows)}"
+            rows.append({"id": name, "question": "", "golden_answers": [], "segments": segments})
     return rows
+
+
+def practice_demonstrations(number: int, worlds: int) -> list[dict[str, Any]]:
+    """The expert's episodes in other encyclopaedias, all seven styles of question, both halves."""
+    episodes = []
+    for world, (entities, corpus) in enumerate(practice_worlds(worlds, first_seed=9000)):
+        write_jsonl(SCRATCH / "practice.jsonl", corpus)
+        retriever = Retriever.load(SCRATCH / "practice.jsonl", WORLD / "encoder")
+        count = number // worlds // len(SINGLE_HOP + MULTI_HOP) // 2
+        questions = [
+            question | {"id": f"{world}_{question['id']}"}
+            for split in ("train", "test")
+            for style in SINGLE_HOP + MULTI_HOP
+            for question in make_questions(entities, split, style, count, world)
+        ]
+        episodes += demonstrate(questions, retriever, entities, seed=world)
+    return episodes
 
 
 # ---- tokenizers and encoder
@@ -382,15 +430,45 @@ def decoder_config(layers: int, vocab_size: int, eos_id: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sft(student: Path, episodes: Path, run_dir: Path, stage: Stage, *, processes: int) -> None:
-    """train.py --phase sft; one process has one thread."""
+def sft(student: Path, texts: Path, run_dir: Path, *, batch_size: int, lr: float, processes: int) -> None:
+    """One pass over the texts; a process has one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "train.py"), "--phase", "sft", "--overwrite", "--student", str(student)]
-    command += ["--episodes", str(episodes), "--run-dir", str(run_dir), "--epochs", str(stage.epochs)]
-    command += ["--kd-lr", str(stage.lr), "--batch-size", str(stage.batch_size), "--seed", str(stage.seed)]
-    command += ["--kd-warmup-steps", str(stage.warmup_steps)]
-    command += ["--eval-every", "0", "--save-every", "0"]
+    command += ["--episodes", str(texts), "--run-dir", str(run_dir), "--epochs", "1", "--kd-warmup-steps", "40"]
+    command += ["--kd-lr", str(lr), "--batch-size", str(batch_size), "--eval-every", "0", "--save-every", "0"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def ready_to_copy(decoder: Decoder) -> Decoder:
+    """Starting weights from which copying is learnt in minutes; from plain noise it was not learnt in an hour.
+
+    The embedding outweighs what the layers add at first. Queries resemble keys and outputs undo values, so that a head
+    attends to tokens like its own and repeats them (mimetic initialisation, Trockman and Kolter 2023). The first
+    head of the first layer looks one token back, which its biases can say without any weight.
+    """
+    config, layers = decoder.config, decoder.model.layers
+    group = config.num_heads // config.num_kv_heads
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "embed_tokens" in name:
+                parameter.mul_(10)
+            elif parameter.ndim == 2 and not name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(5)
+        decoder.model.norm.weight.fill_(0.3)
+        for layer in layers:
+            attention = layer.self_attn
+            keys, values = (
+                projection.weight.unflatten(0, (config.num_kv_heads, -1)).repeat_interleave(group, 0).flatten(0, 1)
+                for projection in (attention.k_proj, attention.v_proj)
+            )  # [H * Dh, D]
+            attention.q_proj.weight.mul_(0.3).add_(0.7 * keys)
+            attention.o_proj.weight.add_(0.2 * values.T)
+        first, half = layers[0].self_attn, config.head_dim // 2
+        angles = config.rope_frequencies()[:4]  # the fastest four tell neighbours apart
+        first.k_proj.bias[:4] = 2.7
+        first.q_proj.bias[:4] = 2.7 * angles.cos()
+        first.q_proj.bias[half : half + 4] = -2.7 * angles.sin()
+    return decoder
 
 
 def grow(decoder: Decoder, layers: int, *, seed: int) -> Decoder:
@@ -406,19 +484,18 @@ def grow(decoder: Decoder, layers: int, *, seed: int) -> Decoder:
 
 def build_models(seed: int = SEED) -> None:
     """Pretrain the student on plain text; grow the teacher from it and train that on the demonstrations."""
-    tokenizer, folder = Tokenizer.load(SCRATCH / "tokenizer"), SCRATCH / "stage-0"
-    save_decoder(new_decoder(decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id), seed), tokenizer, folder)
-    for number, stage in enumerate(STUDENT_STAGES, 1):
-        sft(folder, SCRATCH / "pretrain.jsonl", SCRATCH / f"stage-{number}", stage, processes=1)
-        folder = SCRATCH / f"stage-{number}"
-    save_decoder(load_decoder(folder), tokenizer, WORLD / "student")
-    grown = grow(load_decoder(SCRATCH / f"stage-{GROW_AFTER}"), TEACHER_LAYERS, seed=1)
-    folder = SCRATCH / "teacher-0"
-    save_decoder(grown, tokenizer, folder)
-    for number, stage in enumerate(TEACHER_STAGES, 1):
-        sft(folder, SCRATCH / "demonstrations.jsonl", SCRATCH / f"teacher-{number}", stage, processes=2)
-        folder = SCRATCH / f"teacher-{number}"
-    save_decoder(load_decoder(folder), tokenizer, WORLD / "teacher")
+    tokenizer = Tokenizer.load(SCRATCH / "tokenizer")
+    config = decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id)
+    save_decoder(ready_to_copy(new_decoder(config, seed)), tokenizer, SCRATCH / "student-0")
+    for number, texts in enumerate(("copying", "reading")):
+        start, end = SCRATCH / f"student-{number}", SCRATCH / f"student-{number + 1}"
+        sft(start, SCRATCH / f"{texts}.jsonl", end, batch_size=8, lr=3e-3, processes=1)
+    student = load_decoder(end)
+    save_decoder(student, tokenizer, WORLD / "student")
+    save_decoder(grow(student, TEACHER_LAYERS, seed=1), tokenizer, SCRATCH / "teacher-0")
+    texts, end = SCRATCH / "demonstrations.jsonl", SCRATCH / "teacher"
+    sft(SCRATCH / "teacher-0", texts, end, batch_size=16, lr=2e-3, processes=2)
+    save_decoder(load_decoder(end), tokenizer, WORLD / "teacher")
 
 
 # ---- the program
@@ -440,14 +517,15 @@ def build_data(seed: int = SEED) -> None:
     torch.manual_seed(seed)
     entities, corpus = build_texts(WORLD, seed=seed)
     train = read_jsonl(WORLD / "questions" / "train.jsonl")
-    pretrain = pretrain_rows(entities, corpus, count=PRETRAIN_ROWS, seed=seed)
-    write_jsonl(SCRATCH / "pretrain.jsonl", pretrain)
+    copying = pretrain_rows(LIST_ROWS, 1000, lists=1.0)
+    reading = pretrain_rows(READING_ROWS, 2000, lists=0.1)
+    write_jsonl(SCRATCH / "copying.jsonl", copying)
+    write_jsonl(SCRATCH / "reading.jsonl", reading)
     texts = [row["contents"] for row in corpus] + [row["question"] for row in train]
     build_encoder(entities, corpus, texts, seed=seed)
-    retriever = Retriever.load(WORLD / "corpus.jsonl", WORLD / "encoder")
-    episodes = demonstrate(train * DEMONSTRATIONS_PER_QUESTION, retriever, entities, seed=seed)
+    episodes = practice_demonstrations(DEMONSTRATIONS, DEMONSTRATION_WORLDS)
     write_jsonl(SCRATCH / "demonstrations.jsonl", episodes)
-    shown = [segment["text"] for row in pretrain + episodes for segment in row["segments"]]
+    shown = [segment["text"] for row in reading[::8] + episodes[::4] for segment in row["segments"]]
     build_tokenizer(shown + [row["question"] for row in train], SCRATCH / "tokenizer")
     right = sum(row["score"] for row in episodes) / len(episodes)
     print(f"{len(corpus)} passages, {len(train)} training questions; demonstrations: {right:.3f} correct")

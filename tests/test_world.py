@@ -118,14 +118,54 @@ def test_tags_are_plain_text_to_the_tokenizer():
     assert not {tokenizer.eos_id, tokenizer.pad_id} & set(tokenizer.encode("<|im_end|><|endoftext|>"))
 
 
-def test_pretraining_text_has_no_tag_and_asks_about_the_training_half_alone(entities):
-    corpus = make_corpus(entities, world.SEED)
+def test_pretraining_text_has_no_tag_and_no_name_of_the_test_half(entities):
     test_names = {entity.name for entity in entities.values() if entity.split == "test"}
-    for row in world.pretrain_rows(entities, corpus, count=400, seed=1):
-        [segment] = row["segments"]
-        assert row["question"] == "" and not any(tag in segment["text"] for tag in TAGS)
-        told = [line for line in segment["text"].splitlines() if line.startswith(("Question", "Note", "Answer"))]
-        assert not any(name in line for name in test_names for line in told)
+    rows = world.pretrain_rows(300, 1000, lists=0.2)
+    assert len({row["id"] for row in rows}) == 300
+    for row in rows:
+        text = "".join(segment["text"] for segment in row["segments"])
+        assert row["question"] == "" and not any(tag in text for tag in TAGS)
+        if not text.startswith("List"):
+            assert not any(name in text for name in test_names)
+
+
+def test_what_a_pretraining_row_tells_can_be_read_off_what_it_shows():
+    checked = 0
+    for row in world.pretrain_rows(300, 1000, lists=0.0):
+        shown = ""
+        for segment in row["segments"]:
+            if segment["author"] == "environment":
+                shown += segment["text"]
+                continue
+            for line in segment["text"].splitlines():
+                if " is " in line and line.startswith("Note") or line.startswith("Answer"):
+                    assert line.removeprefix("Answer: ").split(" is ")[-1] in shown, row
+                    checked += 1
+                elif line.startswith("Note: no "):
+                    kind, name = line.removeprefix("Note: no ").removesuffix(" here").split(" ", 1)
+                    assert not shown.rsplit("Doc 1(", 1)[1].startswith(f'Title: "{name} ({kind})"'), row
+    assert checked > 1000
+
+
+def test_practice_worlds_differ_from_each_other_and_from_the_shipped_one(entities):
+    drawn = [set(practice) for practice, _ in world.practice_worlds(2, first_seed=1000)]
+    assert drawn[0] != drawn[1] and not any(set(entities) == titles for titles in drawn)
+    assert all(len(titles) > 2000 for titles in drawn)
+
+
+def test_the_first_head_of_a_fresh_student_looks_one_token_back():
+    decoder = world.ready_to_copy(new_decoder(world.decoder_config(3, 50, 1), seed=0))
+    attention, half = decoder.model.layers[0].self_attn, decoder.config.head_dim // 2
+    query, key = (p.bias[: 2 * half].detach() for p in (attention.q_proj, attention.k_proj))
+
+    def score(distance: int) -> float:  # of a key `distance` tokens back, by the rotation of rope alone
+        angle = -distance * decoder.config.rope_frequencies()
+        turned = torch.cat([key[:half] * angle.cos() - key[half:] * angle.sin(),
+                            key[half:] * angle.cos() + key[:half] * angle.sin()])  # fmt: skip
+        return float(query @ turned)
+
+    scores = [score(distance) for distance in range(40)]
+    assert scores.index(max(scores)) == 1
 
 
 def test_the_expert_is_right_when_every_search_finds_its_passage(entities, contents, rows):
