@@ -22,6 +22,7 @@ An evaluation writes DIR/result.json (summary), .jsonl (a line for each question
 import argparse
 import csv
 import json
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -246,7 +247,10 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
 
 
 def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Score against step: the rollouts' score as a line, validation scores as points."""
+    """Score against step, distillation at the left, reinforcement at the right: their steps are not comparable.
+
+    Thin lines: the rollouts' score; dots: validation. Runs whose folders differ only by a number share a colour.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -254,22 +258,32 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
     matplotlib.use("Agg")  # also where there is no display
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for i, path in enumerate(map(Path, paths)):
+    panels: dict[str, list[tuple[str, list[dict]]]] = {"distillation": [], "reinforcement": []}
+    for path in map(Path, paths):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for key, style in (("rollout/score", "-"), ("eval/score", "o")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                kind = "validation" if key == "eval/score" else "rollouts"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{i}",
-                          label=f"{path.parent.name}: {kind}")
-    if not axes.lines:
-        pyplot.close(figure)
+        method = re.sub(r"-\d+$", "", path.parent.name)
+        if any("rollout/score" in row for row in rows):
+            panels["reinforcement"].append((method, rows))
+        elif any("eval/score" in row for row in rows):
+            panels["distillation"].append((method, rows))
+    panels = {title: runs for title, runs in panels.items() if runs}
+    if not panels:
         raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, "
                          "expected rollout/score or eval/score")
-    axes.set(xlabel="step", ylabel="exact match (sampled)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), sharey=True, squeeze=False)
+    methods = list(dict.fromkeys(method for runs in panels.values() for method, _ in runs))
+    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
+        for method, rows in runs:
+            for key, style, width in (("rollout/score", "-", 0.6), ("eval/score", "o-", 1.5)):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, linewidth=width, markersize=4,
+                              color=f"C{methods.index(method)}", label=method if key == "eval/score" else None)
+        axis.set(title=title, xlabel="step", xlim=(0, None), ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        labels = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(labels.values(), labels.keys(), loc="lower right")
+    axes[0, 0].set_ylabel("exact match, sampled")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
