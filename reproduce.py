@@ -138,7 +138,6 @@ def demo(runs: Path) -> None:
 
 
 METHODS = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
-SCOPES = {"eval": ("greedy", ()), "eval-t1": ("temperature 1", ("--temperature", "1"))}
 
 
 def kd_continued(runs: Path, seed: int) -> list[str]:
@@ -165,30 +164,27 @@ def main_jobs(runs: Path) -> list[Job]:
             jobs.append(train_job(f"{name} {seed}", phase, runs / f"{name}-{seed}", *flags, needs=(f"kd {seed}",)))
         longer = runs / f"kd-continued-{seed}" / "model.safetensors"
         jobs.append(Job(f"kd-continued {seed}", lambda seed=seed: kd_continued(runs, seed), longer, (f"dgpo {seed}",)))
-    for scope, (_, flags) in SCOPES.items():
-        for name in ("student", "teacher"):
-            jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"{scope}-{name}", *flags))
-        for seed in SEEDS:
-            for method, name in METHODS.items():
-                model, out, needs = runs / f"{method}-{seed}", runs / f"{scope}-{method}-{seed}", (f"{method} {seed}",)
-                jobs.append(eval_job(name, model, out, *flags, needs=needs))
+    for name in ("student", "teacher"):
+        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-{name}"))
+    for seed in SEEDS:
+        for method, name in METHODS.items():
+            model, out = runs / f"{method}-{seed}", runs / f"eval-{method}-{seed}"
+            jobs.append(eval_job(name, model, out, needs=(f"{method} {seed}",)))
     return jobs
 
 
 def main_report(runs: Path) -> str:
     """Tables, and DGPO minus each other method with its interval."""
-    report = []
-    for scope, (title, _) in SCOPES.items():
-        rows = [result(runs / f"{scope}-{name}") for name in ("student", "teacher")]
-        rows += [result(runs / f"{scope}-{method}-{seed}") for method in METHODS for seed in SEEDS]
-        report += [f"Exact match, {title}; one row a seed\n", evaluation.table(rows), ""]
-        report.append(f"DGPO minus another, {title}: mean over seeds, 95 % paired bootstrap interval over questions\n")
-        ours = [runs / f"{scope}-dgpo-{seed}" / "result.json" for seed in SEEDS]
-        for method in ("kd", "kd-continued", "ppo"):
-            theirs = [runs / f"{scope}-{method}-{seed}" / "result.json" for seed in SEEDS]
-            for part, (mean, low, high) in evaluation.compare(ours, theirs).items():
-                report.append(f"{METHODS[method]:24} {part:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-        report.append("")
+    rows = [result(runs / f"eval-{name}") for name in ("student", "teacher")]
+    rows += [result(runs / f"eval-{method}-{seed}") for method in METHODS for seed in SEEDS]
+    report = ["Exact match, greedy; one row a seed\n", evaluation.table(rows), ""]
+    report.append("DGPO minus another: mean over seeds, 95 % paired bootstrap interval over questions\n")
+    ours = [runs / f"eval-dgpo-{seed}" / "result.json" for seed in SEEDS]
+    for method in ("kd", "kd-continued", "ppo"):
+        theirs = [runs / f"eval-{method}-{seed}" / "result.json" for seed in SEEDS]
+        for part, (mean, low, high) in evaluation.compare(ours, theirs).items():
+            report.append(f"{METHODS[method]:24} {part:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    report.append("")
     times = {method: [round(seconds(runs / f"{method}-{seed}")) for seed in SEEDS] for method in METHODS}
     report.append("Seconds of training, one thread: " + "; ".join(f"{METHODS[m]} {t}" for m, t in times.items()))
     return "\n".join(report)
@@ -197,7 +193,7 @@ def main_report(runs: Path) -> str:
 def main_comparison(runs: Path) -> None:
     run_jobs(main_jobs(runs), runs / "logs")
     (runs / "report.txt").write_text(main_report(runs) + "\n")
-    curves = [runs / f"{method}-{seed}" / "metrics.jsonl" for method in ("dgpo", "ppo") for seed in SEEDS]
+    curves = [runs / f"{method}-{seed}" / "metrics.jsonl" for method in ("kd", "dgpo", "ppo") for seed in SEEDS]
     evaluation.plot_curves(curves, runs / "curves.png")
     print(main_report(runs))
 
