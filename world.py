@@ -441,7 +441,7 @@ def sft(student: Path, texts: Path, run_dir: Path, *, batch_size: int, lr: float
 
 
 def ready_to_copy(decoder: Decoder) -> Decoder:
-    """Starting weights from which copying is learnt in minutes; from plain noise it was not learnt in an hour.
+    """Starting weights from which copying is learnt in minutes; from plain noise it took far longer (docs/log.md).
 
     The embedding outweighs what the layers add at first. Queries resemble keys and outputs undo values, so that a head
     attends to tokens like its own and repeats them (mimetic initialisation, Trockman and Kolter 2023). The first
