@@ -18,6 +18,8 @@ What the world was built to contain (encyclopaedia.py says more; none of it is e
 3. The student is pretrained on copying lists and on notes and answers about passages it is shown, never on the
    protocol: it has no tag in its training text and cannot search or answer.
 4. Nothing was tuned on test questions.
+
+Texts are rebuilt byte for byte; tokenizers are not (their trainer breaks ties by chance), and so the weights differ.
 """
 
 from __future__ import annotations
