@@ -57,9 +57,9 @@ from run import Run, sum_over_processes
 
 PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
-# Before the first update the policy is the one that acted. A test holds a model of two layers to 1e-5; deep models
-# round more (SmolLM2's logits: 5e-5 between implementations): the size is logged, a real mismatch stops the run.
-MAX_FIRST_LOG_RATIO = 1e-3
+# Before the first update the policy is the one that acted. Two layers stay below 1e-5 (a test); the largest gap seen in
+# 400 steps of the embedded world's models was 2.6e-5. The size is logged; a real mismatch stops the run.
+MAX_FIRST_LOG_RATIO = 1e-4
 
 
 @dataclass
