@@ -100,6 +100,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def by_title(corpus: list[dict[str, str]]) -> dict[str, str]:
+    """Title -> contents."""
+    return {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
+
+
+def by_name(entities: Iterable[Entity]) -> dict[str, list[Entity]]:
+    """Name -> the entities that share it."""
+    groups: dict[str, list[Entity]] = {}
+    for entity in entities:
+        groups.setdefault(entity.name, []).append(entity)
+    return groups
+
+
 # ---- words about entities, shared by expert and pretraining text
 
 
@@ -294,10 +307,7 @@ def pretrain_rows(number: int, first_seed: int, *, lists: float) -> list[dict[st
     """Episodes without question or tag; what is shown is the environment's, so only what is told is trained on."""
     rng, rows = random.Random(f"pretrain {first_seed}"), []
     for entities, corpus in practice_worlds(number // ROWS_PER_WORLD, first_seed):
-        contents = {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
-        namesakes: dict[str, list[Entity]] = {}
-        for entity in entities.values():
-            namesakes.setdefault(entity.name, []).append(entity)
+        contents, namesakes = by_title(corpus), by_name(entities.values())
         for _ in range(ROWS_PER_WORLD):
             if rng.random() < lists:
                 turns = [list_to_copy(rng)]
@@ -390,10 +400,7 @@ def train_encoder(
 ) -> None:
     """Contrastive training, negatives in the batch; namesakes share a batch, so kinds must be told apart."""
     rng = random.Random(f"encoder {seed}")
-    contents = {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
-    groups: dict[str, list[Entity]] = {}
-    for entity in entities.values():
-        groups.setdefault(entity.name, []).append(entity)
+    contents, groups = by_title(corpus), by_name(entities.values())
     names = sorted(groups)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=ENCODER_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, ENCODER_LR, total_steps=ENCODER_STEPS)

@@ -37,8 +37,7 @@ def entities() -> dict[str, Entity]:
 
 @pytest.fixture(scope="module")
 def contents(entities) -> dict[str, str]:
-    corpus = make_corpus(entities, world.SEED)
-    return {row["contents"].split("\n")[0].strip('"'): row["contents"] for row in corpus}
+    return world.by_title(make_corpus(entities, world.SEED))
 
 
 @pytest.fixture(scope="module")
