@@ -252,6 +252,25 @@ def test_the_curve_is_drawn_from_metrics(tmp_path):
         evaluation.plot_curves([metrics], tmp_path / "none.png")
 
 
+def test_curves_draw_distillation_and_reinforcement_apart_and_seeds_in_one_colour(monkeypatch, tmp_path):
+    from matplotlib import figure
+
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    paths = []
+    for name, row in (("kd-0", {}), ("dgpo-0", {"rollout/score": 0.4}), ("dgpo-1", {"rollout/score": 0.6})):
+        paths.append(tmp_path / name / "metrics.jsonl")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(json.dumps({"step": 10, "eval/score": 0.5} | row) + "\n")
+    evaluation.plot_curves(paths, tmp_path / "curve.png")
+    left, right = drawn[0].axes
+    assert (left.get_title(), right.get_title()) == ("distillation", "reinforcement")
+    assert [len(left.lines), len(right.lines)] == [1, 4]
+    assert {line.get_color() for line in left.lines} != {line.get_color() for line in right.lines}
+    assert len({line.get_color() for line in right.lines}) == 1
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["dgpo"]
+
+
 def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
