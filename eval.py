@@ -36,9 +36,10 @@ import torch
 import config
 from config import setting
 from data import TEST_SETS, Question, f1, hit, load_questions
+from episode import STATUSES, Episode, save_episodes
 from model import Tokenizer, load_decoder
 from retriever import Retriever
-from rollout import STATUSES, Episode, Policy, RolloutSettings, generate, save_episodes
+from rollout import Policy, RolloutSettings, generate
 
 ROOT = Path(__file__).resolve().parent
 NAMES = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA",

@@ -1,35 +1,23 @@
-"""Episodes: the agent thinks, searches, reads and answers; sampled in batches, recorded token by token.
+"""The agent at work: it thinks, searches, reads and answers, many episodes at once, recorded token by token.
 
-Protocol (Search-R1, as in the paper's Table 1): the agent writes <think>, then <search> query </search> or
-<answer> text </answer>. A search is answered by an <information> block; at most max_turns turns, then one last
-generation whose search is not executed. Eq. 6's mask M follows from who wrote a segment.
+At most max_turns turns, then one last generation whose search is not executed. The protocol is in episode.py.
 
 Departures from the official code (Search-R1's generation loop, vendored by omron-sinicx/dgpo), with reasons
  1. Sampled ids are kept as sampled; the official loop decodes, cuts and re-tokenises, which drifts.
  2. Generation stops where the decoded turn completes </search> or </answer>; the official loop runs on to the
     end of turn or 500 tokens and cuts afterwards. The token that completes a tag is kept whole.
- 3. A too long observation is cut inside the block, so that </information> survives.
- 4. An episode that fills the context ends with status max_tokens; the official loop drops the oldest tokens,
+ 3. An episode that fills the context ends with status max_tokens; the official loop drops the oldest tokens,
     the question among them.
- 5. The notice after an invalid action has no tags in it, so no parser can take it for an action.
- 6. The answer is read from the agent's own last turn; the official scorer also reads the prompt, whose example
-    then counts as an answer.
 
 Run: python rollout.py ask "who wrote ..." --model runs/dgpo
-     python rollout.py demonstrate --gold FILE --out FILE
 
 Legend: B rows (episodes in flight), T tokens, D width.
 """
 
-import argparse
-import json
-import os
-import re
 import sys
-import zlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,19 +28,22 @@ from tqdm import tqdm
 
 import config
 from config import setting
-from data import Question, build_messages, exact_match
+from data import Question
+from episode import (
+    NOTICE,
+    Action,
+    Episode,
+    Segment,
+    episode_text,
+    observation_ids,
+    parse_action,
+    prompt_segment,
+)
 from kernels import sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
-from retriever import Passage, Retriever
+from retriever import Retriever
 
-STATUSES = ("answered", "max_turns", "max_tokens", "invalid", "search_error")
 SEARCH_TRIES = 3
-NOTICE = (
-    "\nNo action was found in this turn. Put a query between the search tags, "
-    "or the final answer between the answer tags.\n"
-)
-INFORMATION_END = "</information>\n\n"
-ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass
@@ -76,81 +67,6 @@ class Policy(NamedTuple):
     def head(self) -> Tensor:
         """[V, D]: the head's rows that are tokens; published heads are padded beyond them."""
         return self.decoder.head_weight[: self.tokenizer.size]
-
-
-@dataclass
-class Segment:
-    author: str  # "prompt" | "agent" | "environment"
-    ids: list[int]
-    logprobs: list[float] = field(default_factory=list)  # the sampler's, one for each id of an agent segment
-
-
-@dataclass
-class Episode:
-    question: Question
-    segments: list[Segment]
-    status: str = ""  # one of STATUSES when it has ended
-    answer: str | None = None
-    queries: list[str] = field(default_factory=list)
-    passages: list[list[Passage]] = field(default_factory=list)  # one list for each executed search
-
-    @property
-    def ids(self) -> list[int]:
-        return [i for segment in self.segments for i in segment.ids]
-
-    @property
-    def response_mask(self) -> list[bool]:
-        """Eq. 6: True exactly on tokens the policy wrote."""
-        return [segment.author == "agent" for segment in self.segments for _ in segment.ids]
-
-    @property
-    def num_agent_tokens(self) -> int:
-        return sum(len(s.ids) for s in self.segments if s.author == "agent")
-
-    @property
-    def num_searches(self) -> int:
-        return len(self.passages)
-
-    @property
-    def score(self) -> float:
-        """Eq. 3: exact match of the agent's answer."""
-        return exact_match(self.answer, self.question.golden_answers)
-
-
-# ---- protocol: text in, text out ----
-
-
-class Action(NamedTuple):
-    kind: str  # "search" | "answer" | "invalid"
-    content: str
-
-
-def parse_action(text: str) -> Action:
-    """The first complete action of one agent turn; an empty one is invalid."""
-    match = ACTION.search(text)
-    if match is None or not match[2].strip():
-        return Action("invalid", "")
-    return Action(match[1], match[2].strip())
-
-
-def observation_text(passages: Sequence[Passage]) -> str:
-    documents = "".join(f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1))
-    return f"\n\n<information>{documents.strip()}{INFORMATION_END}"
-
-
-def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_tokens: int) -> list[int]:
-    """Tokens of the <information> block; what is over max_tokens is cut before the closing tag."""
-    text = observation_text(passages)
-    ids = tokenizer.encode(text)
-    if len(ids) <= max_tokens:
-        return ids
-    end = tokenizer.encode(INFORMATION_END)
-    body = tokenizer.encode(text.removesuffix(INFORMATION_END))
-    return body[: max(0, max_tokens - len(end))] + end
-
-
-def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str) -> Segment:
-    return Segment("prompt", tokenizer.chat(build_messages(question, prompt)))
 
 
 # ---- noise ----
@@ -364,129 +280,6 @@ def _search(
         _observe(row, observation_ids(tokenizer, passages, settings.max_obs_tokens), settings)
 
 
-# ---- tensors ----
-
-
-class Batch(NamedTuple):
-    ids: Tensor  # [B, T], right padded
-    response_mask: Tensor  # [B, T] bool
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.ids.to(device), self.response_mask.to(device))
-
-
-def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None = None) -> Batch:
-    """Episodes as right-padded tensors. The mask comes from the segments, never from ids != pad.
-
-    end_of_turn: append this token after an agent's last segment and train on it (distillation: a student that
-    never learns to stop generates to the limit wherever no tag stops it).
-    """
-    rows = [(episode.ids, episode.response_mask) for episode in episodes]
-    if end_of_turn is not None:
-        rows = [
-            (ids + [end_of_turn], mask + [True]) if mask and mask[-1] and ids[-1] != end_of_turn else (ids, mask)
-            for ids, mask in rows
-        ]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
-    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows])
-    return Batch(ids, mask)
-
-
-# ---- files ----
-
-
-def save_episodes(path: Path | str, episodes: Sequence[Episode], tokenizer: Tokenizer) -> None:
-    """JSON lines, written aside and renamed: the file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for e in episodes:
-            row = {"id": e.question.id, "question": e.question.question}
-            row |= {"golden_answers": list(e.question.golden_answers), "source": e.question.source}
-            row |= {"status": e.status, "answer": e.answer, "score": e.score, "queries": e.queries}
-            row["segments"] = [
-                {"author": s.author, "text": tokenizer.decode(s.ids, skip_special=False), "ids": s.ids}
-                for s in e.segments
-            ]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
-def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> list[Episode]:
-    """Episodes of a file that save_episodes or a person wrote.
-
-    A segment without ids is encoded from its text; a row without a prompt segment gets one built from its
-    question, or none when the question is empty (plain text, for pretraining).
-    """
-    episodes = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                question = Question(
-                    str(row["id"]), row["question"], tuple(row["golden_answers"]), row.get("source", "")
-                )
-                segments = [
-                    Segment(s["author"], s["ids"] if "ids" in s else tokenizer.encode(s["text"]))
-                    for s in row["segments"]
-                ]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: got {type(error).__name__}: {error}; expected an episode with id, "
-                    "question, golden_answers and segments [{author, text or ids}]"
-                ) from error
-            if (unknown := {s.author for s in segments} - {"prompt", "agent", "environment"}):
-                raise ValueError(f"{path}:{number}: got author {unknown}, expected prompt, agent or environment")
-            if max((i for s in segments for i in s.ids), default=0) >= tokenizer.size:
-                raise ValueError(
-                    f"{path}:{number}: got a token id beyond the tokenizer's {tokenizer.size} entries; the file "
-                    "was written with another tokenizer: drop its ids to encode the text again"
-                )
-            if question.question and not any(s.author == "prompt" for s in segments):
-                segments.insert(0, prompt_segment(tokenizer, question, prompt))
-            episodes.append(Episode(question, segments, row.get("status", ""), row.get("answer")))
-    if not episodes:
-        raise ValueError(f"{path}: got no episodes, expected at least one line")
-    return episodes
-
-
-def episode_text(episode: Episode, tokenizer: Tokenizer) -> str:
-    """The episode as text; what the agent wrote, and is trained on, is marked with a bar at the left."""
-    parts = []
-    for segment in episode.segments:
-        text = tokenizer.decode(segment.ids, skip_special=False).strip("\n")
-        bar = "| " if segment.author == "agent" else "  "
-        parts += [bar + line for line in text.split("\n")]
-    golds = " / ".join(episode.question.golden_answers) or "unknown"
-    return "\n".join(parts) + f"\n  [{episode.status}; answer {episode.answer!r}; gold {golds}]"
-
-
-def demonstration(row: dict, num_passages: int) -> dict:
-    """A hand-written episode from a question with its gold paragraphs (context: title, text, is_supporting).
-
-    The first query is the question, the next ones are titles of supporting paragraphs; every <information> block
-    holds one supporting paragraph among distractors, at a place that depends on the question's id.
-    """
-    gold = [p for p in row["context"] if p["is_supporting"]]
-    others = [p for p in row["context"] if not p["is_supporting"]]
-    start = zlib.crc32(str(row["id"]).encode())
-    segments = []
-    for k, paragraph in enumerate(gold):
-        rest = others[k * (num_passages - 1) : (k + 1) * (num_passages - 1)]
-        place = (start + k) % (len(rest) + 1)
-        shown = [Passage("", p["title"], p["text"], 0.0) for p in (*rest[:place], paragraph, *rest[place:])]
-        thought, query = ("I need to look this up.", row["question"]) if k == 0 else (
-            f"I still need to know about {paragraph['title']}.", paragraph["title"])
-        text = f"<think> {thought} </think>\n<search> {query} </search>"
-        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": observation_text(shown)}]
-    answer = row["golden_answers"][0]
-    thought = f"{' and '.join(p['title'] for p in gold)} tell me that the answer is {answer}."
-    segments.append({"author": "agent", "text": f"<think> {thought} </think>\n<answer> {answer} </answer>"})
-    return {key: row[key] for key in ("id", "question", "golden_answers")} | {"segments": segments}
-
-
 # ---- the program ----
 
 
@@ -514,35 +307,11 @@ def ask(words: list[str], argv: list[str]) -> None:
     print(episode_text(episode, policy.tokenizer))
 
 
-def demonstrate(argv: list[str]) -> None:
-    """Write episodes from questions with gold paragraphs, for phase sft."""
-    parser = argparse.ArgumentParser(prog="rollout.py demonstrate", description=demonstrate.__doc__)
-    parser.add_argument("--gold", nargs="+", required=True, metavar="FILE", help="questions with context, JSONL")
-    parser.add_argument("--out", required=True, metavar="FILE", help="episodes, JSONL")
-    parser.add_argument("--split", default="train", help="keep rows of this split (default train)")
-    parser.add_argument("--passages", type=int, default=3, help="paragraphs in a block (default 3)")
-    options = parser.parse_args(argv)
-    rows = []
-    for path in options.gold:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if row.get("split", options.split) == options.split and any(p["is_supporting"] for p in row["context"]):
-                    rows.append(demonstration(row, options.passages))
-            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-                sys.exit(f"{path}:{number}: got {type(error).__name__}: {error}; expected id, question, golden_answers "
-                         "and context [{title, text, is_supporting}]")
-    Path(options.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{options.out}: {len(rows)} episodes")
-
-
 def main(argv: list[str]) -> None:
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command == "demonstrate":
-        return demonstrate(rest)
     if command != "ask":
         is_help = command in ("", "-h", "--help")
-        sys.exit(__doc__ if is_help else f"rollout.py: got {command!r}, expected ask or demonstrate")
+        sys.exit(__doc__ if is_help else f"rollout.py: got {command!r}, expected ask")
     words = []
     while rest and not rest[0].startswith("--"):
         words.append(rest.pop(0))

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import config
 from checkpoint import cut_lines, load_state, save_state
+from episode import Episode, episode_text
 from model import Tokenizer, save_decoder
-from rollout import Episode, Policy, episode_text
+from rollout import Policy
 
 
 def sum_over_processes(*values: Tensor) -> list[float]:

@@ -39,20 +39,11 @@ import config
 from config import setting
 from data import Question, load_questions
 from dgpo import gae, kd_loss, kl_rewards, masked_sum, moments, policy_loss, value_loss, whiten, wrong_episodes
+from episode import STATUSES, Batch, Episode, collate, load_episodes, save_episodes
 from kernels import by_chunks, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
 from retriever import Retriever
-from rollout import (
-    STATUSES,
-    Batch,
-    Episode,
-    Policy,
-    RolloutSettings,
-    collate,
-    generate,
-    load_episodes,
-    save_episodes,
-)
+from rollout import Policy, RolloutSettings, generate
 from run import Run, sum_over_processes
 
 PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")

@@ -58,9 +58,9 @@ from encyclopaedia import (
     make_entities,
     make_questions,
 )
+from episode import observation_text
 from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from retriever import Retriever
-from rollout import observation_text
 
 ROOT = Path(__file__).resolve().parent
 WORLD, SCRATCH = ROOT / "world", ROOT / "runs" / "world"

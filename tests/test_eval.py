@@ -14,8 +14,9 @@ from test_train import mini  # noqa: F401
 
 import eval as evaluation
 from data import TEST_SETS, Question
+from episode import Episode, Segment
 from retriever import Passage
-from rollout import Episode, RolloutSettings, Segment
+from rollout import RolloutSettings
 
 POLICY = SimpleNamespace()
 INTERVAL_TOLERANCE = 0.002  # Monte Carlo error of 10,000 resamples

@@ -13,9 +13,24 @@ import torch
 
 import rollout
 from data import Question
+from episode import (
+    INFORMATION_END,
+    NOTICE,
+    STATUSES,
+    Episode,
+    Segment,
+    collate,
+    demonstration,
+    load_episodes,
+    observation_ids,
+    observation_text,
+    parse_action,
+    save_episodes,
+)
+from episode import main as write_demonstrations
 from model import Tokenizer, new_decoder
 from retriever import Passage
-from rollout import Episode, Policy, RolloutSettings, Segment
+from rollout import Policy, RolloutSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 EOS = 257
@@ -79,7 +94,7 @@ class ScriptedDecoder:
     def environment_spans(self, prefix: list[int]) -> set[int]:
         text = bytes_of(self.tokenizer, prefix)
         spans: set[int] = set()
-        for begin, end in ((b"\n\n<information>", b"</information>\n\n"), (rollout.NOTICE.encode(), b"")):
+        for begin, end in ((b"\n\n<information>", b"</information>\n\n"), (NOTICE.encode(), b"")):
             start = text.find(begin)
             while start >= 0:
                 stop = text.find(end, start) + len(end) if end else start + len(begin)
@@ -174,7 +189,7 @@ def test_an_episode_is_prompt_agent_environment_agent_and_stops_at_the_tags(toke
 
 def test_the_mask_is_true_exactly_on_sampled_tokens(tokenizer):
     episode = play(tokenizer, {"ask-a": SEARCH_THEN_ANSWER})["ask-a"]
-    batch = rollout.collate([episode], pad_id=tokenizer.pad_id)
+    batch = collate([episode], pad_id=tokenizer.pad_id)
     assert tokenizer.decode(batch.ids[0][batch.response_mask[0]].tolist()) == SEARCH_THEN_ANSWER
     assert (
         batch.response_mask.sum()
@@ -222,13 +237,13 @@ def test_a_search_that_keeps_failing_is_a_status_and_one_that_recovers_is_not(to
 def test_after_an_invalid_turn_comes_the_notice_and_the_agent_may_go_on(tokenizer):
     script = "y" * 60 + "<answer> gold </answer>"  # 60 tokens is the limit of a turn
     episode = play(tokenizer, {"ask-a": script})["ask-a"]
-    assert tokenizer.decode(episode.segments[2].ids) == rollout.NOTICE
+    assert tokenizer.decode(episode.segments[2].ids) == NOTICE
     assert episode.status == "answered"
 
 
 def test_no_parser_can_take_the_notice_for_an_action():
-    assert "<" not in rollout.NOTICE and ">" not in rollout.NOTICE
-    assert rollout.parse_action(rollout.NOTICE).kind == "invalid"
+    assert "<" not in NOTICE and ">" not in NOTICE
+    assert parse_action(NOTICE).kind == "invalid"
 
 
 def test_an_episode_without_an_answer_does_not_score_by_the_example_in_the_prompt(tokenizer):
@@ -253,10 +268,10 @@ def test_an_episode_that_fills_the_context_ends_and_keeps_its_question(tokenizer
 @pytest.mark.parametrize("limit", [20, 60, 61, 400])
 def test_a_long_observation_is_cut_inside_the_block(tokenizer, limit):
     passages = [Passage("0", "T", "word " * 40, 1.0)]
-    ids = rollout.observation_ids(tokenizer, passages, limit)
+    ids = observation_ids(tokenizer, passages, limit)
     text = tokenizer.decode(ids)
-    assert len(ids) <= limit and text.endswith(rollout.INFORMATION_END)
-    assert limit < 400 or text == rollout.observation_text(passages)
+    assert len(ids) <= limit and text.endswith(INFORMATION_END)
+    assert limit < 400 or text == observation_text(passages)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +287,7 @@ def test_a_long_observation_is_cut_inside_the_block(tokenizer, limit):
     ],
 )
 def test_parse_reads_the_first_complete_action(text, expected):
-    assert rollout.parse_action(text) == expected
+    assert parse_action(text) == expected
 
 
 def test_many_rows_of_different_lengths_do_not_disturb_each_other(tokenizer):
@@ -324,7 +339,7 @@ def test_a_real_decoder_samples_the_same_episodes_whatever_the_batch_and_its_log
     if temperature:
         other = rollout.generate(policy, FixedRetriever(), questions, RolloutSettings(**base), seed=6)
         assert [e.ids for e in other] != [e.ids for e in runs[0]]
-    batch = rollout.collate(runs[1], pad_id=tokenizer.pad_id)
+    batch = collate(runs[1], pad_id=tokenizer.pad_id)
     logits = decoder(batch.ids)[..., : tokenizer.size].log_softmax(-1)
     scored = logits[:, :-1].gather(-1, batch.ids[:, 1:, None]).squeeze(-1)[batch.response_mask[:, 1:]]
     sampled = torch.tensor([lp for e in runs[1] for s in e.segments for lp in s.logprobs])
@@ -348,7 +363,7 @@ def test_masks_and_ids_stay_aligned_over_random_episodes(tokenizer):
         segments = [Segment(a, [random.randrange(259) for _ in range(random.randint(0, 5))]) for a in authors]
         segments.append(Segment("agent", [tokenizer.pad_id]))  # a sampled pad token counts like any other
         episodes.append(Episode(ask("q"), segments))
-    batch = rollout.collate(episodes, pad_id=tokenizer.pad_id)
+    batch = collate(episodes, pad_id=tokenizer.pad_id)
     for row, episode in enumerate(episodes):
         agent = [i for s in episode.segments if s.author == "agent" for i in s.ids]
         assert batch.ids[row][batch.response_mask[row]].tolist() == agent
@@ -360,7 +375,7 @@ def test_the_end_of_turn_becomes_a_target_only_after_the_agent(tokenizer):
     ends = Episode(ask("q"), [Segment("prompt", [1, 2]), Segment("agent", [3])])
     cut = Episode(ask("q"), [Segment("prompt", [1]), Segment("agent", [3]), Segment("environment", [4])])
     done = Episode(ask("q"), [Segment("prompt", [1]), Segment("agent", [3, EOS])])
-    batch = rollout.collate([ends, cut, done], pad_id=0, end_of_turn=EOS)
+    batch = collate([ends, cut, done], pad_id=0, end_of_turn=EOS)
     assert batch.ids.tolist() == [[1, 2, 3, EOS], [1, 3, 4, 0], [1, 3, EOS, 0]]
     assert batch.response_mask.tolist() == [
         [False, False, True, True],
@@ -381,8 +396,8 @@ def test_noise_depends_on_seed_episode_and_index_alone_and_is_uniform():
 
 def test_saved_episodes_load_with_the_same_ids_and_masks(tokenizer, tmp_path):
     episode = play(tokenizer, {"ask-a": SEARCH_THEN_ANSWER})["ask-a"]
-    rollout.save_episodes(tmp_path / "e.jsonl", [episode], tokenizer)
-    [loaded] = rollout.load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
+    save_episodes(tmp_path / "e.jsonl", [episode], tokenizer)
+    [loaded] = load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
     assert loaded.ids == episode.ids and loaded.response_mask == episode.response_mask
     assert (loaded.answer, loaded.status, loaded.score) == (episode.answer, episode.status, 1.0)
 
@@ -398,7 +413,7 @@ def test_hand_written_episodes_get_a_prompt_and_plain_text_gets_none(tokenizer, 
         {"id": 2, "question": "", "golden_answers": [], "segments": [{"author": "agent", "text": "plain"}]},
     ]
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    asked, plain = rollout.load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
+    asked, plain = load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
     assert [s.author for s in asked.segments] == ["prompt", "agent"] and "who" in tokenizer.decode(asked.ids)
     assert [s.author for s in plain.segments] == ["agent"]
 
@@ -422,7 +437,7 @@ def test_hand_written_episodes_get_a_prompt_and_plain_text_gets_none(tokenizer, 
 def test_bad_episode_files_are_refused_with_file_and_line(tokenizer, tmp_path, line, message):
     (tmp_path / "e.jsonl").write_text(line)
     with pytest.raises(ValueError, match=message):
-        rollout.load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
+        load_episodes(tmp_path / "e.jsonl", tokenizer, prompt="short")
 
 
 @pytest.mark.parametrize(
@@ -436,10 +451,10 @@ def test_hostile_questions_and_passages_stay_text_and_win_nothing(tokenizer, que
     [episode] = rollout.generate(
         policy, retriever, [Question("h", question, ("gold",), "t")], settings, seed=0
     )
-    assert episode.score == 0 and episode.status in rollout.STATUSES
+    assert episode.score == 0 and episode.status in STATUSES
     control = {tokenizer.full.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>")}
     assert sum(i in control for i in episode.segments[0].ids) == 3  # the template's own
-    observation = rollout.observation_ids(tokenizer, retriever.search([question], 2)[0], 500)
+    observation = observation_ids(tokenizer, retriever.search([question], 2)[0], 500)
     assert not control & set(observation)
 
 
@@ -457,26 +472,27 @@ GOLD = {
 
 
 def test_a_demonstration_follows_the_protocol_and_shows_every_supporting_paragraph(tokenizer, tmp_path):
-    row = rollout.demonstration(GOLD, 2)
-    actions = [rollout.parse_action(s["text"]) for s in row["segments"] if s["author"] == "agent"]
+    row = demonstration(GOLD, 2)
+    actions = [parse_action(s["text"]) for s in row["segments"] if s["author"] == "agent"]
     assert actions == [("search", GOLD["question"]), ("search", "Ume"), ("answer", "Bob")]
     blocks = [s["text"] for s in row["segments"] if s["author"] == "environment"]
     assert "Ann was born" in blocks[0] and "led by Bob" in blocks[1]
-    assert all(block.count("Doc ") == 2 and block.endswith(rollout.INFORMATION_END) for block in blocks)
-    assert rollout.demonstration(GOLD, 2) == row  # no chance in it
+    assert all(block.count("Doc ") == 2 and block.endswith(INFORMATION_END) for block in blocks)
+    assert demonstration(GOLD, 2) == row  # no chance in it
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
-    [episode] = rollout.load_episodes(tmp_path / "d.jsonl", tokenizer, prompt="short")
+    [episode] = load_episodes(tmp_path / "d.jsonl", tokenizer, prompt="short")
     assert [s.author for s in episode.segments] == ["prompt", *["agent", "environment"] * 2, "agent"]
 
 
 def test_demonstrate_keeps_a_split_and_names_the_line_of_a_bad_row(tmp_path, capsys):
     rows = [GOLD | {"split": "train"}, GOLD | {"split": "dev", "id": "g2"}]
     (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    rollout.main(["demonstrate", "--gold", str(tmp_path / "gold.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    command = ["demonstrate", "--gold", str(tmp_path / "gold.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    write_demonstrations(command)
     assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").open()] == ["g1"]
     (tmp_path / "gold.jsonl").write_text('{"id": "g1"}\n')
     with pytest.raises(SystemExit, match="gold.jsonl:1: got KeyError"):
-        rollout.main(["demonstrate", "--gold", str(tmp_path / "gold.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+        write_demonstrations(command)
 
 
 def test_the_program_says_what_it_expects():

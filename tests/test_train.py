@@ -15,8 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 import dgpo
-import rollout
 import train
+from episode import Episode, collate, load_episodes
 from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from rollout import Policy
 
@@ -218,7 +218,7 @@ def test_resume_without_a_state_and_damaged_states_are_errors_that_say_what_to_d
 
 def test_the_kd_phase_asks_the_teacher_when_there_are_no_episodes(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        rollout.Episode,
+        Episode,
         "score",
         property(lambda self: float(self.question.golden_answers[0] in ("1", "7", "9"))),
     )
@@ -260,13 +260,13 @@ def test_a_teacher_with_other_token_ids_is_refused(mini, tmp_path):
 def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini, with_teacher):
     student, teacher = policies(mini)
     settings = train.TrainSettings()
-    episodes = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
+    episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
 
-    def gradients(groups: list[list[rollout.Episode]]) -> tuple[float, torch.Tensor]:
+    def gradients(groups: list[list[Episode]]) -> tuple[float, torch.Tensor]:
         student.decoder.zero_grad()
         total = 0.0
         for group in groups:
-            batch = rollout.collate(
+            batch = collate(
                 group, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id
             )
             loss, _ = train.distil_loss(student, teacher if with_teacher else None, batch, settings)
@@ -282,8 +282,8 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini
 
 def test_distillation_has_no_gradient_from_prompt_and_retrieved_tokens(mini):
     student, _ = policies(mini)
-    [episode] = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
-    batch = rollout.collate([episode], pad_id=student.tokenizer.pad_id)
+    [episode] = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
+    batch = collate([episode], pad_id=student.tokenizer.pad_id)
     loss, _ = train.distil_loss(student, None, batch, train.TrainSettings())
     agent = [i for s in episode.segments if s.author == "agent" for i in s.ids]
     assert loss.shape == (len(agent),)
@@ -296,8 +296,8 @@ def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(
     student, teacher = policies(mini)
     critic = Critic.from_decoder(student.decoder)
     torch.nn.init.normal_(critic.value_head.weight)
-    episodes = rollout.load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
-    batch = rollout.collate(episodes, pad_id=student.tokenizer.pad_id)
+    episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
+    batch = collate(episodes, pad_id=student.tokenizer.pad_id)
     guided = [i % 3 == 0 for i in range(len(episodes))]
     runs = [
         train.score_tokens(student, critic, teacher, batch, guided, train.TrainSettings(micro_batch_tokens=n))
@@ -340,7 +340,7 @@ def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_tea
 
 
 def test_the_phase_switches_when_the_sampled_score_is_reached(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout.Episode, "score", property(lambda self: 1.0))
+    monkeypatch.setattr(Episode, "score", property(lambda self: 1.0))
     rows = run(mini, tmp_path / "run", "--phase", "kd", "--until-score", "0.9", "--epochs", "20")
     assert len(rows) == 2  # the first validation
 

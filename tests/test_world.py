@@ -21,9 +21,9 @@ from encyclopaedia import (
     make_corpus,
     make_entities,
 )
+from episode import parse_action
 from model import Tokenizer, new_decoder
 from retriever import Passage
-from rollout import parse_action
 
 MAX_WORLD_BYTES = 10_000_000
 TAGS = ("<search>", "</search>", "<answer>", "<think>", "<information>")

@@ -1,0 +1,270 @@
+"""Episodes: what the agent and the environment wrote, token by token; as text, tensors and files.
+
+Protocol (Search-R1, as in the paper's Table 1): the agent writes <think>, then <search> query </search> or
+<answer> text </answer>. A search is answered by an <information> block. Eq. 6's mask M follows from who wrote a
+segment.
+
+Departures from the official code (Search-R1's generation loop, vendored by omron-sinicx/dgpo), with reasons
+ 1. A too long observation is cut inside the block, so that </information> survives.
+ 2. The notice after an invalid action has no tags in it, so no parser can take it for an action.
+ 3. The answer is read from the agent's own last turn; the official scorer also reads the prompt, whose example
+    then counts as an answer.
+
+Run: python episode.py demonstrate --gold FILE --out FILE
+
+Legend: B episodes, T tokens.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data import Question, build_messages, exact_match
+from model import Tokenizer
+from retriever import Passage
+
+STATUSES = ("answered", "max_turns", "max_tokens", "invalid", "search_error")
+NOTICE = (
+    "\nNo action was found in this turn. Put a query between the search tags, "
+    "or the final answer between the answer tags.\n"
+)
+INFORMATION_END = "</information>\n\n"
+ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+
+
+@dataclass
+class Segment:
+    author: str  # "prompt" | "agent" | "environment"
+    ids: list[int]
+    logprobs: list[float] = field(default_factory=list)  # the sampler's, one for each id of an agent segment
+
+
+@dataclass
+class Episode:
+    question: Question
+    segments: list[Segment]
+    status: str = ""  # one of STATUSES when it has ended
+    answer: str | None = None
+    queries: list[str] = field(default_factory=list)
+    passages: list[list[Passage]] = field(default_factory=list)  # one list for each executed search
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for segment in self.segments for i in segment.ids]
+
+    @property
+    def response_mask(self) -> list[bool]:
+        """Eq. 6: True exactly on tokens the policy wrote."""
+        return [segment.author == "agent" for segment in self.segments for _ in segment.ids]
+
+    @property
+    def num_agent_tokens(self) -> int:
+        return sum(len(s.ids) for s in self.segments if s.author == "agent")
+
+    @property
+    def num_searches(self) -> int:
+        return len(self.passages)
+
+    @property
+    def score(self) -> float:
+        """Eq. 3: exact match of the agent's answer."""
+        return exact_match(self.answer, self.question.golden_answers)
+
+
+# ---- protocol: text in, text out ----
+
+
+class Action(NamedTuple):
+    kind: str  # "search" | "answer" | "invalid"
+    content: str
+
+
+def parse_action(text: str) -> Action:
+    """The first complete action of one agent turn; an empty one is invalid."""
+    match = ACTION.search(text)
+    if match is None or not match[2].strip():
+        return Action("invalid", "")
+    return Action(match[1], match[2].strip())
+
+
+def observation_text(passages: Sequence[Passage]) -> str:
+    documents = "".join(f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1))
+    return f"\n\n<information>{documents.strip()}{INFORMATION_END}"
+
+
+def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_tokens: int) -> list[int]:
+    """Tokens of the <information> block; what is over max_tokens is cut before the closing tag."""
+    text = observation_text(passages)
+    ids = tokenizer.encode(text)
+    if len(ids) <= max_tokens:
+        return ids
+    end = tokenizer.encode(INFORMATION_END)
+    body = tokenizer.encode(text.removesuffix(INFORMATION_END))
+    return body[: max(0, max_tokens - len(end))] + end
+
+
+def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str) -> Segment:
+    return Segment("prompt", tokenizer.chat(build_messages(question, prompt)))
+
+
+# ---- tensors ----
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # [B, T], right padded
+    response_mask: Tensor  # [B, T] bool
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.ids.to(device), self.response_mask.to(device))
+
+
+def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None = None) -> Batch:
+    """Episodes as right-padded tensors. The mask comes from the segments, never from ids != pad.
+
+    end_of_turn: append this token after an agent's last segment and train on it (distillation: a student that
+    never learns to stop generates to the limit wherever no tag stops it).
+    """
+    rows = [(episode.ids, episode.response_mask) for episode in episodes]
+    if end_of_turn is not None:
+        rows = [
+            (ids + [end_of_turn], mask + [True]) if mask and mask[-1] and ids[-1] != end_of_turn else (ids, mask)
+            for ids, mask in rows
+        ]
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
+    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows])
+    return Batch(ids, mask)
+
+
+# ---- files ----
+
+
+def save_episodes(path: Path | str, episodes: Sequence[Episode], tokenizer: Tokenizer) -> None:
+    """JSON lines, written aside and renamed: the file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for e in episodes:
+            row = {"id": e.question.id, "question": e.question.question}
+            row |= {"golden_answers": list(e.question.golden_answers), "source": e.question.source}
+            row |= {"status": e.status, "answer": e.answer, "score": e.score, "queries": e.queries}
+            row["segments"] = [
+                {"author": s.author, "text": tokenizer.decode(s.ids, skip_special=False), "ids": s.ids}
+                for s in e.segments
+            ]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> list[Episode]:
+    """Episodes of a file that save_episodes or a person wrote.
+
+    A segment without ids is encoded from its text; a row without a prompt segment gets one built from its
+    question, or none when the question is empty (plain text, for pretraining).
+    """
+    episodes = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                question = Question(
+                    str(row["id"]), row["question"], tuple(row["golden_answers"]), row.get("source", "")
+                )
+                segments = [
+                    Segment(s["author"], s["ids"] if "ids" in s else tokenizer.encode(s["text"]))
+                    for s in row["segments"]
+                ]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: got {type(error).__name__}: {error}; expected an episode with id, "
+                    "question, golden_answers and segments [{author, text or ids}]"
+                ) from error
+            if (unknown := {s.author for s in segments} - {"prompt", "agent", "environment"}):
+                raise ValueError(f"{path}:{number}: got author {unknown}, expected prompt, agent or environment")
+            if max((i for s in segments for i in s.ids), default=0) >= tokenizer.size:
+                raise ValueError(
+                    f"{path}:{number}: got a token id beyond the tokenizer's {tokenizer.size} entries; the file "
+                    "was written with another tokenizer: drop its ids to encode the text again"
+                )
+            if question.question and not any(s.author == "prompt" for s in segments):
+                segments.insert(0, prompt_segment(tokenizer, question, prompt))
+            episodes.append(Episode(question, segments, row.get("status", ""), row.get("answer")))
+    if not episodes:
+        raise ValueError(f"{path}: got no episodes, expected at least one line")
+    return episodes
+
+
+def episode_text(episode: Episode, tokenizer: Tokenizer) -> str:
+    """The episode as text; what the agent wrote, and is trained on, is marked with a bar at the left."""
+    parts = []
+    for segment in episode.segments:
+        text = tokenizer.decode(segment.ids, skip_special=False).strip("\n")
+        bar = "| " if segment.author == "agent" else "  "
+        parts += [bar + line for line in text.split("\n")]
+    golds = " / ".join(episode.question.golden_answers) or "unknown"
+    return "\n".join(parts) + f"\n  [{episode.status}; answer {episode.answer!r}; gold {golds}]"
+
+
+def demonstration(row: dict, num_passages: int) -> dict:
+    """A hand-written episode from a question with its gold paragraphs (context: title, text, is_supporting).
+
+    The first query is the question, the next ones are titles of supporting paragraphs; every <information> block
+    holds one supporting paragraph among distractors, at a place that depends on the question's id.
+    """
+    gold = [p for p in row["context"] if p["is_supporting"]]
+    others = [p for p in row["context"] if not p["is_supporting"]]
+    start = zlib.crc32(str(row["id"]).encode())
+    segments = []
+    for k, paragraph in enumerate(gold):
+        rest = others[k * (num_passages - 1) : (k + 1) * (num_passages - 1)]
+        place = (start + k) % (len(rest) + 1)
+        shown = [Passage("", p["title"], p["text"], 0.0) for p in (*rest[:place], paragraph, *rest[place:])]
+        thought, query = ("I need to look this up.", row["question"]) if k == 0 else (
+            f"I still need to know about {paragraph['title']}.", paragraph["title"])
+        text = f"<think> {thought} </think>\n<search> {query} </search>"
+        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": observation_text(shown)}]
+    answer = row["golden_answers"][0]
+    thought = f"{' and '.join(p['title'] for p in gold)} tell me that the answer is {answer}."
+    segments.append({"author": "agent", "text": f"<think> {thought} </think>\n<answer> {answer} </answer>"})
+    return {key: row[key] for key in ("id", "question", "golden_answers")} | {"segments": segments}
+
+
+# ---- the program ----
+
+
+def main(argv: list[str]) -> None:
+    main_parser = argparse.ArgumentParser("episode.py", description=__doc__.split("\n")[0])
+    commands = main_parser.add_subparsers(dest="command", required=True)
+    parser = commands.add_parser("demonstrate", help="write episodes from questions with gold paragraphs, for sft")
+    parser.add_argument("--gold", nargs="+", required=True, metavar="FILE", help="questions with context, JSONL")
+    parser.add_argument("--out", required=True, metavar="FILE", help="episodes, JSONL")
+    parser.add_argument("--split", default="train", help="keep rows of this split (default train)")
+    parser.add_argument("--passages", type=int, default=3, help="paragraphs in a block (default 3)")
+    options = main_parser.parse_args(argv)
+    rows = []
+    for path in options.gold:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if row.get("split", options.split) == options.split and any(p["is_supporting"] for p in row["context"]):
+                    rows.append(demonstration(row, options.passages))
+            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+                sys.exit(f"{path}:{number}: got {type(error).__name__}: {error}; expected id, question, golden_answers "
+                         "and context [{title, text, is_supporting}]")
+    Path(options.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{options.out}: {len(rows)} episodes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
