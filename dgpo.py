@@ -26,6 +26,7 @@ Shapes: B episodes, T tokens, V vocabulary, N selected rows. Every per-token ten
 about token t given the tokens before it. response_mask is bool, True exactly on tokens the policy sampled.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,34 +58,69 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
+DIVERGENCES = ("forward", "reverse", "skew", "skew_reverse", "jsd", "taid")
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "forward", mix: float = 0.1) -> Tensor:
+    """How far the student's distribution p is from the teacher's q, nats: [N, V], [N, V] -> [N].
+
+    forward       KL(q || p), Eq. 1's second term        reverse       KL(p || q) (GKD, MiniLLM)
+    skew          KL(q || mix q + (1 - mix) p)           skew_reverse  KL(p || mix p + (1 - mix) q)  (DistiLLM)
+    jsd           mix KL(q || m) + (1 - mix) KL(p || m), m = mix q + (1 - mix) p  (GKD)
+    taid          KL(r || p), r from the logits (1 - mix) student + mix teacher, without gradient  (TAID, t = mix)
+    """
+    log_p = student_logits.float().log_softmax(-1)  # [N, V] fp32 from here
+    log_q = teacher_logits.float().log_softmax(-1)
+    if kind == "forward":
+        return kl(log_q, log_p)
+    if kind == "reverse":
+        return kl(log_p, log_q)
+    if kind == "skew":
+        return kl(log_q, log_mixture(log_q, log_p, mix))
+    if kind == "skew_reverse":
+        return kl(log_p, log_mixture(log_p, log_q, mix))
+    if kind == "jsd":
+        log_m = log_mixture(log_q, log_p, mix)
+        return mix * kl(log_q, log_m) + (1 - mix) * kl(log_p, log_m)
+    if kind == "taid":
+        return kl(torch.lerp(student_logits.detach().float(), teacher_logits.float(), mix).log_softmax(-1), log_p)
+    raise ValueError(f"divergence: got kind={kind!r}, expected one of {', '.join(DIVERGENCES)}")
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b), nats: log-probabilities [..., V], [..., V] -> [...]."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def log_mixture(log_a: Tensor, log_b: Tensor, mix: float) -> Tensor:
+    """log(mix a + (1 - mix) b), 0 < mix < 1."""
+    return torch.logaddexp(log_a + math.log(mix), log_b + math.log1p(-mix))
+
+
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor,
     targets: Tensor,
     *,
     ce_weight: float = 1.0,
     kl_weight: float = 1.0,
+    kind: str = "forward",
+    mix: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 1 for each row: ce_weight CE(target) + kl_weight KL(teacher || student), in nats.
 
     student_logits, teacher_logits [N, V] over the same V entries, rows already selected by the mask;
-    targets [N] token ids that the teacher wrote. teacher_logits may be None when kl_weight is 0 (SFT, SeqKD).
-    Returns (loss [N], kl_teacher_student [N], detached; zeros without a teacher).
+    targets [N] token ids that the teacher wrote; kind, mix: another divergence in the KL's place.
+    Returns (loss [N], divergence [N], detached).
     """
-    log_student = student_logits.float().log_softmax(-1)  # [N, V] fp32 from here
-    ce = -log_student.gather(-1, targets[:, None]).squeeze(-1)  # [N]
-    if teacher_logits is None:
-        if kl_weight != 0:
-            raise ValueError(f"kd_loss: got kl_weight {kl_weight} and no teacher; expected teacher_logits")
-        return ce_weight * ce, torch.zeros_like(ce)
     if teacher_logits.shape != student_logits.shape:
         raise ValueError(
             f"kd_loss: got teacher logits {tuple(teacher_logits.shape)}, expected "
             f"{tuple(student_logits.shape)}; cut both heads to the tokenizer's entries first"
         )
-    log_teacher = teacher_logits.float().log_softmax(-1)  # [N, V]
-    kl = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)  # [N], Eq. 1 second term
-    return ce_weight * ce + kl_weight * kl, kl.detach()
+    ce = torch.nn.functional.cross_entropy(student_logits.float(), targets, reduction="none")  # [N]
+    distance = divergence(student_logits, teacher_logits, kind=kind, mix=mix)  # [N], Eq. 1 second term
+    return ce_weight * ce + kl_weight * distance, distance.detach()
 
 
 def wrong_episodes(scores: Tensor, *, threshold: float = 0.1) -> Tensor:

@@ -121,11 +121,36 @@ def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str) -> Seg
 
 
 class Batch(NamedTuple):
-    ids: Tensor  # [B, T], right padded
+    """Right-padded: for what there is one number of for each token."""
+
+    ids: Tensor  # [B, T]
     response_mask: Tensor  # [B, T] bool
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(self.ids.to(device), self.response_mask.to(device))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row up to its last response token: what comes after it cannot matter."""
+        positions = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
+        return (self.response_mask * positions).amax(1).clamp(min=1).tolist()
+
+
+class Packed(NamedTuple):
+    """Rows one after another, without padding: what a network reads."""
+
+    ids: Tensor  # [1, sum of documents]
+    response_mask: Tensor  # [1, sum of documents] bool; its True entries are in the order of batch.response_mask[rows]
+    documents: list[int]  # tokens of each row
+
+
+def pack(batch: Batch, rows: Sequence[int], lengths: Sequence[int]) -> Packed:
+    """These rows of a batch; lengths: batch.lengths()."""
+    documents = [lengths[i] for i in rows]
+    ids, mask = (
+        torch.cat([tensor[i, :n] for i, n in zip(rows, documents, strict=True)])[None]
+        for tensor in (batch.ids, batch.response_mask)
+    )
+    return Packed(ids, mask, documents)
 
 
 def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None = None) -> Batch:
@@ -140,10 +165,10 @@ def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None
             (ids + [end_of_turn], mask + [True]) if mask and mask[-1] and ids[-1] != end_of_turn else (ids, mask)
             for ids, mask in rows
         ]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
-    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows])
-    return Batch(ids, mask)
+    width = max((len(ids) for ids, _ in rows), default=1)
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows], dtype=torch.long)
+    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], dtype=torch.bool)
+    return Batch(ids.view(-1, width), mask.view(-1, width))
 
 
 # ---- files ----

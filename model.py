@@ -177,15 +177,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=config.o_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None,
+                documents: list[int]) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), cos, sin)
         k = rotate(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), cos, sin)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         cached = None if slots is None else slots.update(self.layer, k, v)
         if cached is None or slots.is_fresh:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            # A document at a time: what is packed beside it costs nothing, which no mask can say to every kernel.
+            parts = zip(*(x.transpose(1, 2).split(documents, 2) for x in (q, k, v)), strict=True)  # [B, H or KV, n, Dh]
+            mixed = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+                               for part in parts], dim=2)
             return self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))
         # The queries that share a key head are laid side by side, so that keys are never repeated.
         keys, values = cached  # [B, KV, L, Dh]
@@ -220,8 +223,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, slots)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None,
+                documents: list[int]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, slots, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -246,30 +250,32 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.hidden(ids), self.head_weight)
 
-    def hidden(self, ids: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None,
+    def hidden(self, ids: Tensor, *, positions: Tensor | None = None, documents: list[int] | None = None,
                cache: KVCache | None = None, rows: Tensor | None = None) -> Tensor:
         """States after the final norm, [B, T, D]; row t predicts token t + 1.
 
-        Without a cache: causal attention over the T tokens, within a document where `documents` [B, T] numbers them.
+        Without a cache: causal attention over the T tokens, within a document where `documents` gives the lengths
+        of the documents packed into a row.
         With a cache: the token at position p of row b is written to slot p of cache row rows[b] (b when rows is
         None) and attends to that row's slots <= p. `positions` [B, T] default to 0..T-1.
         """
-        count = torch.arange(ids.shape[1], device=ids.device)
+        if documents and sum(documents) != ids.shape[1]:
+            raise ValueError(f"documents: got {sum(documents)} tokens, expected the {ids.shape[1]} of a row")
+        documents = documents or [ids.shape[1]]
+        count = torch.cat([torch.arange(length, device=ids.device) for length in documents])
         positions = count.expand_as(ids) if positions is None else positions
         mask, slots = None, None
         if cache is not None:
             slots = _Slots.plan(cache, rows, positions, count)
             if not slots.is_fresh:
                 mask = torch.arange(slots.reach, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, L]
-        elif documents is not None:
-            mask = (documents[:, None, :, None] == documents[:, None, None]) & (count[:, None] >= count)  # [B, 1, T, T]
         x = self.model.embed_tokens(ids)  # [B, T, D]
         cos, sin = self._rotary(positions, x.dtype)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, slots, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, slots, documents, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, slots)
+                x = layer(x, cos, sin, mask, slots, documents)
         return self.model.norm(x)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -282,9 +288,16 @@ class Decoder(nn.Module):
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
-def shift(hidden: Tensor) -> Tensor:
-    """Entry t becomes the state before token t: [B, T, D], entry 0 zeros. The one place where tokens are shifted."""
-    return F.pad(hidden[:, :-1], (0, 0, 1, 0))
+def shift(hidden: Tensor, documents: list[int] | None = None) -> Tensor:
+    """Entry t becomes the state before token t: [B, T, D]; zeros before the first token of a document.
+
+    The one place where tokens are shifted.
+    """
+    shifted = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+    if documents is None:
+        return shifted
+    starts = torch.tensor(documents, device=hidden.device).cumsum(0) - torch.tensor(documents, device=hidden.device)
+    return shifted.index_fill(1, starts, 0.0)
 
 
 class Critic(nn.Module):
@@ -302,8 +315,9 @@ class Critic(nn.Module):
     def from_decoder(cls, decoder: Decoder) -> "Critic":
         return cls(copy.deepcopy(decoder))
 
-    def values(self, ids: Tensor) -> Tensor:
-        return self.value_head(shift(self.backbone.hidden(ids))).squeeze(-1).float()  # [B, T]
+    def values(self, ids: Tensor, documents: list[int] | None = None) -> Tensor:
+        states = shift(self.backbone.hidden(ids, documents=documents), documents)
+        return self.value_head(states).squeeze(-1).float()  # [B, T]
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.values(ids)

@@ -39,8 +39,8 @@ import config
 from config import setting
 from data import Question, load_questions
 from dgpo import gae, kd_loss, kl_rewards, masked_sum, moments, policy_loss, value_loss, whiten, wrong_episodes
-from episode import STATUSES, Batch, Episode, collate, load_episodes, save_episodes
-from kernels import by_chunks, head_logprobs
+from episode import STATUSES, Batch, Episode, Packed, collate, load_episodes, pack, save_episodes
+from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
@@ -153,53 +153,48 @@ def shuffled(num: int, *seeds: int) -> list[int]:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices grouped by length, so that rows x longest row <= max_tokens (at least one row)."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[i] > max_tokens:
+    """Indices in order, grouped so that the lengths of a group sum to at most max_tokens (at least one row)."""
+    group, total = [], 0
+    for i, length in enumerate(lengths):
+        if group and total + length > max_tokens:
             yield group
-            group = []
+            group, total = [], 0
         group.append(i)
+        total += length
     if group:
         yield group
 
 
-def response_rows(decoder: Decoder, batch: Batch) -> Tensor:
-    """Hidden states that predict the response tokens: [N, D], in the order of batch.ids[response_mask]."""
-    return shift(decoder.hidden(batch.ids))[batch.response_mask]
+def response_rows(decoder: Decoder, packed: Packed) -> Tensor:
+    """Hidden states that predict the response tokens: [N, D], in the order of packed.ids[response_mask]."""
+    hidden = decoder.hidden(packed.ids, documents=packed.documents)
+    return shift(hidden, packed.documents)[packed.response_mask]
 
 
-def token_logprobs(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token, nats: two [B, T], 0 off the mask."""
-    mask = batch.response_mask
-    logprobs, entropy = head_logprobs(response_rows(policy.decoder, batch), policy.head, batch.ids[mask])
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+def token_logprobs(policy: Policy, packed: Packed) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token, nats: two [N]."""
+    return head_logprobs(response_rows(policy.decoder, packed), policy.head, packed.ids[packed.response_mask])
 
 
 # ---- loop one: distil ----
 
 
 def distil_loss(
-    student: Policy, teacher: Policy | None, batch: Batch, settings: TrainSettings
+    student: Policy, teacher: Policy | None, packed: Packed, settings: TrainSettings
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1 on the response tokens of a batch: (loss [N], KL(teacher || student) [N])."""
-    targets = batch.ids[batch.response_mask]
-    rows = response_rows(student.decoder, batch)  # [N, D]
+    """Eq. 1, summed over the response tokens: (loss [], KL(teacher || student) [], without gradient)."""
+    targets = packed.ids[packed.response_mask]
+    rows = response_rows(student.decoder, packed)  # [N, D]
     if teacher is None:
-        return by_chunks(
-            lambda h, y: kd_loss(h @ student.head.T, None, y, ce_weight=1.0, kl_weight=0.0),
-            len(student.head), rows, targets,
-        )
+        loss = -head_logprobs(rows, student.head, targets)[0].sum()
+        return loss, torch.zeros_like(loss)
     with torch.no_grad():
-        teacher_rows = response_rows(teacher.decoder, batch)  # [N, D of the teacher]
-    return by_chunks(
-        lambda h, y, g: kd_loss(
-            h @ student.head.T, g @ teacher.head.T, y,
-            ce_weight=settings.ce_weight, kl_weight=settings.kl_weight,
-        ),
-        len(student.head), rows, targets, teacher_rows,
+        teacher_rows = response_rows(teacher.decoder, packed)  # [N, D of the teacher]
+    loss, kl = head_divergence(
+        kd_loss, rows, student.head, teacher_rows, teacher.head, targets,
+        ce_weight=settings.ce_weight, kl_weight=settings.kl_weight,
     )
+    return loss, kl.sum()
 
 
 def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Episode], validate) -> None:
@@ -215,19 +210,16 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
         order = shuffled(len(episodes), settings.seed, step // per_epoch)
         at = step % per_epoch * settings.batch_size
         share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
-        batches = [
-            collate([share[i] for i in group], pad_id=student.tokenizer.pad_id,
-                    end_of_turn=student.tokenizer.eos_id).to(run.device)
-            for group in micro_batches([len(e.ids) for e in share], settings.micro_batch_tokens)
-        ]
-        num_tokens = sum((batch.response_mask.sum() for batch in batches), torch.tensor(0, device=run.device))
+        batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id).to(run.device)
+        lengths = batch.lengths()
+        num_tokens = batch.response_mask.sum()
         [global_tokens] = sum_over_processes(num_tokens)
         # 2. loss and gradients
         loss_sum = kl_sum = torch.zeros((), device=run.device)
-        for batch in batches:
-            loss, kl = distil_loss(student, teacher, batch, settings)
-            (loss.sum() / global_tokens).backward()
-            loss_sum, kl_sum = loss_sum + loss.detach().sum(), kl_sum + kl.sum()
+        for group in micro_batches(lengths, settings.micro_batch_tokens):
+            loss, kl = distil_loss(student, teacher, pack(batch, group, lengths), settings)
+            (loss / global_tokens).backward()
+            loss_sum, kl_sum = loss_sum + loss.detach(), kl_sum + kl
         # 3. update
         progress = step / num_steps
         lr = settings.kd_lr * 0.5 * (1 + math.cos(math.pi * progress))
@@ -256,28 +248,21 @@ def score_tokens(
     """(old_logprobs, values, guide_logprobs), each [B, T]; guide_logprobs is NaN in rows that are not guided."""
     old_logprobs, values = torch.zeros(2, *batch.ids.shape, device=batch.ids.device)
     guide_logprobs = torch.full_like(values, torch.nan)
-    lengths = used_lengths(batch)
+    mask, lengths = batch.response_mask, batch.lengths()
     for group in micro_batches(lengths, settings.micro_batch_tokens):
-        part, width = cut(batch, group, lengths)
-        old_logprobs[group, :width] = token_logprobs(actor, part)[0]
-        values[group, :width] = critic.values(part.ids)
+        packed = pack(batch, group, lengths)
+        old_logprobs[group] = spread(token_logprobs(actor, packed)[0], mask[group])
+        values[group] = spread(critic.values(packed.ids, packed.documents)[packed.response_mask], mask[group])
     rows = [i for i, is_guided in enumerate(guided) if is_guided and guide is not None]
     for group in micro_batches([lengths[i] for i in rows], settings.micro_batch_tokens):
         group = [rows[i] for i in group]
-        part, width = cut(batch, group, lengths)
-        guide_logprobs[group, :width] = token_logprobs(guide, part)[0]
+        guide_logprobs[group] = spread(token_logprobs(guide, pack(batch, group, lengths))[0], mask[group])
     return old_logprobs, values, guide_logprobs
 
 
-def used_lengths(batch: Batch) -> list[int]:
-    """Tokens of each row up to its last response token: what comes after it cannot matter."""
-    positions = torch.arange(1, batch.ids.shape[1] + 1, device=batch.ids.device)
-    return (batch.response_mask * positions).amax(1).clamp(min=1).tolist()
-
-
-def cut(batch: Batch, rows: list[int], lengths: list[int]) -> tuple[Batch, int]:
-    width = max(lengths[i] for i in rows)
-    return Batch(batch.ids[rows, :width], batch.response_mask[rows, :width]), width
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """One number for each True of the mask, laid out as the mask is, 0 elsewhere: [N], [B, T] -> [B, T]."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
 def reinforce(
@@ -321,7 +306,7 @@ def reinforce(
         started = time.perf_counter()
         sums: dict[str, float] = {}
         first_gap = actor_norm = 0.0
-        lengths = used_lengths(batch)
+        lengths = batch.lengths()
         num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
         for epoch in range(settings.ppo_epochs):
             rows = shuffled(len(chosen), settings.seed, step, epoch)  # of all processes
@@ -331,26 +316,27 @@ def reinforce(
                 is_first = epoch == 0 and k == 0
                 for group in micro_batches([lengths[i] for i in part], settings.micro_batch_tokens):
                     group = [part[i] for i in group]
-                    micro, width = cut(batch, group, lengths)
-                    here = (group, slice(width))
-                    values = critic.values(micro.ids)
-                    critic_loss = value_loss(values, old_values[here], returns[here], micro.response_mask,
-                                             clip_eps=settings.value_clip_eps)
+                    packed = pack(batch, group, lengths)
+                    # Response tokens alone from here: [N], all of them under the mask.
+                    old_lp, old_v, ret, adv = (
+                        x[group][mask[group]] for x in (old_logprobs, old_values, returns, advantages))
+                    here = torch.ones_like(old_lp, dtype=torch.bool)
+                    values = critic.values(packed.ids, packed.documents)[packed.response_mask]
+                    critic_loss = value_loss(values, old_v, ret, here, clip_eps=settings.value_clip_eps)
                     (critic_loss.loss / max(1, num_tokens)).backward()
                     add(sums, value_loss=critic_loss.loss, value_clip=critic_loss.clip_frac, tokens=critic_loss.count)
                     if step < settings.critic_only_steps:
                         continue
-                    logprobs, entropy = token_logprobs(actor, micro)
-                    loss = policy_loss(logprobs, old_logprobs[here], advantages[here], micro.response_mask,
-                                       clip_eps=settings.clip_eps, entropy=entropy,
+                    logprobs, entropy = token_logprobs(actor, packed)
+                    loss = policy_loss(logprobs, old_lp, adv, here, clip_eps=settings.clip_eps, entropy=entropy,
                                        entropy_weight=settings.entropy_weight)
-                    if is_first:
-                        gap = (logprobs - old_logprobs[here]).abs().max().item()
+                    if is_first and len(logprobs):
+                        gap = (logprobs - old_lp).abs().max().item()
                         assert gap <= MAX_FIRST_LOG_RATIO, f"log ratio {gap} before the first update of step {step}"
                         first_gap = max(first_gap, gap)
                     (loss.loss / max(1, num_tokens)).backward()
                     add(sums, policy_loss=loss.loss, clip_frac=loss.clip_frac, approx_kl=loss.approx_kl,
-                        entropy=masked_sum(entropy.detach(), micro.response_mask))
+                        entropy=entropy.detach().sum())
                 critic_norm = update(critic_parameters, critic_adam, settings.critic_lr
                                      * min(1, (step + 1) / max(1, settings.critic_warmup_steps)), settings.grad_clip)
                 if step >= settings.critic_only_steps:

@@ -56,11 +56,55 @@ def test_eq1_kl_is_zero_against_itself_and_positive_otherwise():
     assert (dgpo.kd_loss(logits, other, targets)[1] > 0).all()
 
 
-def test_eq1_refuses_heads_of_different_size_and_a_missing_teacher():
+def test_eq1_refuses_heads_of_different_size():
     with pytest.raises(ValueError, match="cut both heads"):
         dgpo.kd_loss(torch.zeros(2, 5), torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ValueError, match="no teacher"):
-        dgpo.kd_loss(torch.zeros(2, 5), None, torch.zeros(2, dtype=torch.long))
+
+
+MIX = 0.3
+BY_DEFINITION = {  # of the student's p and the teacher's q; r is TAID's target
+    "forward": lambda p, q, r: q * (q / p).log(),
+    "reverse": lambda p, q, r: p * (p / q).log(),
+    "skew": lambda p, q, r: q * (q / (MIX * q + (1 - MIX) * p)).log(),
+    "skew_reverse": lambda p, q, r: p * (p / (MIX * p + (1 - MIX) * q)).log(),
+    "jsd": lambda p, q, r: MIX * q * (q / (MIX * q + (1 - MIX) * p)).log()
+    + (1 - MIX) * p * (p / (MIX * q + (1 - MIX) * p)).log(),
+    "taid": lambda p, q, r: r * (r / p).log(),
+}
+
+
+@pytest.mark.parametrize("kind", dgpo.DIVERGENCES)
+def test_divergences_and_their_gradients_equal_their_definitions_in_float64(kind):
+    generator = torch.Generator().manual_seed(6)
+    student, teacher = (3 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    exact, leaf = student.clone().requires_grad_(), student.float().requires_grad_()
+    target = ((1 - MIX) * student + MIX * teacher).softmax(-1)
+    expected = BY_DEFINITION[kind](exact.softmax(-1), teacher.softmax(-1), target).sum(-1)
+    got = dgpo.divergence(leaf, teacher.float(), kind=kind, mix=MIX)
+    torch.testing.assert_close(got.double(), expected, atol=FP32, rtol=FP32)
+    expected.sum().backward()
+    got.sum().backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, atol=FP32, rtol=FP32)
+
+
+def test_divergences_meet_at_their_limits():
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+
+    def of(kind, mix=0.1, a=student, b=teacher):
+        return dgpo.divergence(a, b, kind=kind, mix=mix)
+
+    close = {"atol": 1e-4, "rtol": 1e-3}
+    torch.testing.assert_close(of("skew", 1e-6), of("forward"), **close)
+    torch.testing.assert_close(of("skew_reverse", 1e-6), of("reverse"), **close)
+    torch.testing.assert_close(of("jsd", 0.5), of("jsd", 0.5, teacher, student), **close)  # symmetric at 1/2
+    torch.testing.assert_close(of("jsd", 1e-3) / 1e-3, of("forward"), atol=0, rtol=1e-2)  # GKD: JSD / beta -> KL
+    torch.testing.assert_close(of("taid", 1.0), of("forward"), **close)
+    leaf = student.clone().requires_grad_()
+    of("taid", 0.0, leaf).sum().backward()
+    assert leaf.grad.abs().max() < FP32
+    with pytest.raises(ValueError, match="forwards.*expected one of"):
+        of("forwards")
 
 
 def test_eq4_by_hand():

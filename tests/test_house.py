@@ -42,7 +42,8 @@ def test_the_equations_import_torch_alone():
 
 
 def test_imports_run_one_way():
-    assert not [name for name in LOCAL if "train" in imports(name)], "nothing imports train"
+    importers = [name for name in LOCAL - {"bench"} if "train" in imports(name)]
+    assert not importers, "nothing imports train, but for bench, which times its step"
     rooms = {*READING_CORE, "checkpoint"} - {"train"}
     programs = {"eval", "world", "reproduce", "bench"}
     assert not [name for name in rooms if imports(name) & programs], "a room imports a program"

@@ -3,12 +3,16 @@
 Run: python -m pytest tests/test_kernels.py
 """
 
+import shutil
+
 import pytest
 import torch
 
+import dgpo
 import kernels
 
 FP32 = 2e-5  # logits of width 16 and vocabularies of a few hundred entries
+TOLERANCE = {torch.float32: FP32, torch.bfloat16: 2**-8}  # of the largest entry; bf16: half of its last place
 FALSE_ALARM_SIGMA = 5.0  # a right sampler fails a count test with probability below 1e-6
 
 
@@ -17,23 +21,137 @@ def head(rows: int, width: int = 16, entries: int = 300) -> tuple[torch.Tensor, 
     return torch.randn(rows, width, generator=generator), torch.randn(entries, width, generator=generator)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk_rows", [1000, 3, 1])
-def test_logprobs_entropy_and_their_gradients_equal_float64_whatever_the_chunks(monkeypatch, temperature, chunk_rows):
-    hidden, weight = head(8)
-    monkeypatch.setattr(kernels, "MAX_CHUNK_ELEMENTS", chunk_rows * len(weight))
-    targets = torch.arange(8) * 7
+def naive_logprobs(hidden, weight, targets, temperature=1.0):
+    log_p = ((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature).log_softmax(-1)
+    return log_p.gather(-1, targets[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def values_and_gradients(function, hidden, weight, *rest, upstream=None):
+    """What the function returns and the gradients of hidden and weight, in float64 for comparison."""
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    logprobs, entropy = kernels.head_logprobs(*leaves, targets, temperature=temperature)
-    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    log_p = (exact[0] @ exact[1].T / temperature).log_softmax(-1)
-    exact_logprobs, exact_entropy = log_p[range(8), targets], -(log_p.exp() * log_p).sum(-1)
-    torch.testing.assert_close(logprobs.double(), exact_logprobs, atol=FP32, rtol=FP32)
-    torch.testing.assert_close(entropy.double(), exact_entropy, atol=FP32, rtol=FP32)
-    (logprobs.sum() + 0.5 * entropy.sum()).backward()
-    (exact_logprobs.sum() + 0.5 * exact_entropy.sum()).backward()
-    for leaf, reference in zip(leaves, exact, strict=True):
-        torch.testing.assert_close(leaf.grad.double(), reference.grad, atol=FP32, rtol=FP32)
+    results = [result for result in function(*leaves, *rest) if result.requires_grad]
+    upstream = upstream or [torch.ones_like(result) for result in results]
+    torch.autograd.backward(results, [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)])
+    return [x.detach().double() for x in (*results, *(leaf.grad for leaf in leaves))]
+
+
+def assert_no_worse_than_naive(ours, naive, exact, dtype=torch.float32):
+    """Our error against float64 is at most the naive path's plus a tolerance, relative to the largest entry."""
+    for mine, theirs, truth in zip(ours, naive, exact, strict=True):
+        scale = truth.abs().max()
+        assert (mine - truth).abs().max() <= (theirs - truth).abs().max() + TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("tile", [10**6, 97, 1])
+def test_logprobs_entropy_and_their_gradients_are_as_near_to_float64_as_the_plain_formula(
+    monkeypatch, dtype, temperature, tile
+):
+    hidden, weight = (x.to(dtype) for x in head(8))
+    monkeypatch.setattr(kernels, "MAX_TILE_ELEMENTS", {"cpu": tile * len(hidden)})  # 97: the last tile is ragged
+    targets = torch.tensor([0, 96, 97, 98, 193, 194, 298, 299])  # at the edges of tiles
+    upstream = [torch.linspace(-1, 2, 8), torch.linspace(0.5, -0.5, 8)]
+    runs = [
+        values_and_gradients(function, h, w, targets, upstream=upstream)
+        for function, h, w in (
+            (lambda *a: kernels.head_logprobs(*a, temperature=temperature), hidden, weight),
+            (lambda *a: naive_logprobs(*a, temperature), hidden, weight),
+            (lambda *a: naive_logprobs(*a, temperature), hidden.double(), weight.double()),
+        )
+    ]
+    assert_no_worse_than_naive(*runs, dtype)
+
+
+@pytest.mark.parametrize("entries", [151_936, 128_256])
+def test_vocabularies_of_the_published_models_are_exact(entries):
+    """No power of two divides them far: columns beyond the vocabulary, or a tile left out, would shift the sum."""
+    hidden, weight = head(3, width=8, entries=entries)
+    targets = torch.tensor([0, entries // 2, entries - 1])
+    many = kernels.tiles(entries, 2**10, kernels.MAX_TILE_ELEMENTS, hidden.device)
+    assert len(many) > 1 and many[-1].stop == entries
+    runs = [
+        values_and_gradients(function, h, w, targets)
+        for function, h, w in (
+            (kernels.head_logprobs, hidden, weight), (naive_logprobs, hidden, weight),
+            (naive_logprobs, hidden.double(), weight.double()),
+        )
+    ]
+    assert_no_worse_than_naive(*runs)
+
+
+def test_logits_of_a_thousand_stay_finite(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_TILE_ELEMENTS", {"cpu": 2 * 2})
+    weight = torch.tensor([[1000.0], [0.0], [-1000.0], [999.0], [-1000.0]])
+    hidden, targets = torch.ones(2, 1), torch.tensor([3, 4])
+    runs = [values_and_gradients(f, h, w, targets) for f, h, w in (
+        (kernels.head_logprobs, hidden, weight), (naive_logprobs, hidden, weight),
+        (naive_logprobs, hidden.double(), weight.double()))]
+    assert all(x.isfinite().all() for x in runs[0])
+    assert_no_worse_than_naive(*runs)
+
+
+def test_an_empty_selection_and_a_frozen_head_are_fine():
+    hidden, weight = head(4)
+    logprobs, entropy = kernels.head_logprobs(hidden[:0], weight.requires_grad_(), torch.zeros(0, dtype=torch.long))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (0,) and not weight.grad.any()
+    hidden.requires_grad_()
+    kernels.head_logprobs(hidden, weight.detach(), torch.arange(4))[0].sum().backward()
+    assert hidden.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", dgpo.DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences_from_hidden_states_are_as_near_to_float64_as_the_plain_formula(monkeypatch, kind, dtype):
+    hidden, weight = (x.to(dtype) / 2 for x in head(7))
+    teacher_hidden, teacher_weight = (x.to(dtype) / 4 for x in head(7, width=24))
+    targets = torch.arange(7) * 40
+    monkeypatch.setattr(kernels, "MAX_ROWS_ELEMENTS", {"cpu": 3 * len(weight)})  # 3, 3 and 1 rows
+
+    def ours(h, w):
+        return kernels.head_divergence(dgpo.kd_loss, h, w, teacher_hidden, teacher_weight, targets,
+                                       kind=kind, mix=0.3, ce_weight=0.5)
+
+    def naive(h, w):
+        teacher_logits = teacher_hidden.to(h.dtype) @ teacher_weight.to(h.dtype).T
+        return [dgpo.kd_loss(h @ w.T, teacher_logits, targets, kind=kind, mix=0.3, ce_weight=0.5)[0].sum()]
+
+    assert kernels.head_divergence(
+        dgpo.kd_loss, hidden, weight, teacher_hidden, teacher_weight, targets, kind=kind
+    )[1].shape == (7,)
+    # dgpo reduces in fp32, also what a float64 product gives it; tests/test_dgpo.py holds that to float64.
+    runs = [values_and_gradients(f, h, w) for f, h, w in (
+        (ours, hidden, weight), (naive, hidden, weight), (naive, hidden.double(), weight.double()))]
+    assert_no_worse_than_naive(*runs, dtype)
+
+
+def test_the_gradient_of_a_divergence_scales_with_what_comes_from_above():
+    hidden, weight = head(5)
+    teacher = head(5, width=4)
+    grads = []
+    for scale in (1.0, -0.25):
+        leaf = hidden.clone().requires_grad_()
+        loss, _ = kernels.head_divergence(dgpo.kd_loss, leaf, weight, *teacher, torch.arange(5))
+        (scale * loss).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], -0.25 * grads[0])
+
+
+@pytest.mark.slow
+def test_compiled_tiles_equal_eager_ones_and_a_ragged_tile_is_not_compiled_again():
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++")
+    generator = torch.Generator().manual_seed(2)
+    torch._dynamo.reset()
+    for step, width in enumerate((96, 40, 77)):
+        logits, at = torch.randn(6, width, generator=generator), torch.tensor([0, 5, 39, 200, -3, 1])
+        sums = [torch.randn(6, generator=generator) for _ in range(4)]
+        gradient = [torch.randn(6, generator=generator) for _ in range(5)]
+        for function, rest in ((kernels.merge, sums), (kernels.logits_gradient, gradient)):
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                compiled = function.compiled(logits, at, 0.7, *rest)
+            torch.testing.assert_close(compiled, function(logits, at, 0.7, *rest), atol=FP32, rtol=FP32)
 
 
 def test_greedy_is_the_exact_argmax_and_reports_the_logprob_at_temperature_one():

@@ -209,11 +209,14 @@ def test_the_cache_refuses_what_does_not_fit() -> None:
 @torch.no_grad()
 def test_packed_documents_equal_separate_rows() -> None:
     decoder, a, b = wide(LLAMA), ids_of(1, 6), ids_of(2, 9)[1:]
-    documents = torch.tensor([[0] * 6 + [1] * 9])
-    packed = decoder.hidden(torch.cat((a, b), 1), documents=documents)
+    packed = decoder.hidden(torch.cat((a, b), 1), documents=[6, 9])
     apart = torch.cat((decoder.hidden(a), decoder.hidden(b)), 1)
     torch.testing.assert_close(packed, apart, atol=CACHE_TOLERANCE, rtol=0)
     assert (packed - decoder.hidden(torch.cat((a, b), 1))).abs().max() > 0.01  # without documents they would mix
+    shifted = shift(packed, [6, 9])
+    torch.testing.assert_close(shifted, torch.cat((shift(packed[:, :6]), shift(packed[:, 6:])), 1), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="got 14 tokens, expected the 15"):
+        decoder.hidden(torch.cat((a, b), 1), documents=[6, 8])
 
 
 def test_new_decoders_depend_on_the_seed_alone() -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 import dgpo
 import train
-from episode import Episode, collate, load_episodes
+from episode import Episode, Packed, collate, load_episodes, pack
 from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from rollout import Policy
 
@@ -256,8 +256,17 @@ def test_a_teacher_with_other_token_ids_is_refused(mini, tmp_path):
         run(mini, tmp_path / "run", "--phase", "kd", "--teacher", str(other))
 
 
+def packed(episodes: list[Episode], tokenizer: Tokenizer) -> Packed:
+    batch = collate(episodes, pad_id=tokenizer.pad_id, end_of_turn=tokenizer.eos_id)
+    return pack(batch, range(len(episodes)), batch.lengths())
+
+
+def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini, with_teacher):
+def test_loss_and_gradients_do_not_depend_on_micro_batches_or_order(mini, with_teacher):
     student, teacher = policies(mini)
     settings = train.TrainSettings()
     episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
@@ -266,13 +275,12 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini
         student.decoder.zero_grad()
         total = 0.0
         for group in groups:
-            batch = collate(
-                group, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id
+            loss, _ = train.distil_loss(
+                student, teacher if with_teacher else None, packed(group, student.tokenizer), settings
             )
-            loss, _ = train.distil_loss(student, teacher if with_teacher else None, batch, settings)
-            (loss.sum() / 1000).backward()
-            total += loss.sum().item() / 1000
-        return total, torch.cat([p.grad.flatten() for p in student.decoder.parameters()])
+            (loss / 1000).backward()
+            total += loss.item() / 1000
+        return total, flat_gradient(student.decoder)
 
     whole = gradients([episodes])
     split = gradients([episodes[20:], episodes[:3], episodes[3:20]])
@@ -280,16 +288,38 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_padding_or_order(mini
     torch.testing.assert_close(split[1], whole[1], atol=GRADIENT_TOLERANCE, rtol=1e-3)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_loss_and_gradients_equal_padded_rows_and_plain_formulas(mini, checkpointing):
+    """The path that training takes against the one a reader would write first: padding, full logits, Eq. 1."""
+    student, teacher = policies(mini)
+    episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
+    batch = collate(episodes, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id)
+    mask, size = batch.response_mask, student.tokenizer.size
+    assert (batch.ids.shape[1] - torch.tensor(batch.lengths())).max() > 0  # the rows are ragged
+    logits, guide = (p.decoder(batch.ids)[:, :-1, :size][mask[:, 1:]] for p in (student, teacher))
+    loss, kl = dgpo.kd_loss(logits, guide.detach(), batch.ids[mask], ce_weight=0.5, kl_weight=2.0)
+    loss.sum().backward()
+    expected = flat_gradient(student.decoder)
+    student.decoder.zero_grad()
+    student.decoder.checkpointing = checkpointing
+    settings = train.TrainSettings(ce_weight=0.5, kl_weight=2.0)
+    got, got_kl = train.distil_loss(student, teacher, packed(episodes, student.tokenizer), settings)
+    got.backward()
+    assert got.item() == pytest.approx(loss.sum().item(), rel=GRADIENT_TOLERANCE)
+    assert got_kl.item() == pytest.approx(kl.sum().item(), rel=GRADIENT_TOLERANCE)
+    difference = (flat_gradient(student.decoder) - expected).abs().max()
+    assert difference <= GRADIENT_TOLERANCE * expected.abs().max()
+
+
 def test_distillation_has_no_gradient_from_prompt_and_retrieved_tokens(mini):
     student, _ = policies(mini)
     [episode] = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
     batch = collate([episode], pad_id=student.tokenizer.pad_id)
-    loss, _ = train.distil_loss(student, None, batch, train.TrainSettings())
-    agent = [i for s in episode.segments if s.author == "agent" for i in s.ids]
-    assert loss.shape == (len(agent),)
+    loss, _ = train.distil_loss(student, None, pack(batch, [0], batch.lengths()), train.TrainSettings())
     logits = student.decoder(batch.ids)[0, :-1, : student.tokenizer.size].log_softmax(-1)
     expected = -logits.gather(-1, batch.ids[0, 1:, None]).squeeze(-1)[batch.response_mask[0, 1:]]
-    torch.testing.assert_close(loss, expected, atol=GRADIENT_TOLERANCE, rtol=0)
+    assert len(expected) == episode.num_agent_tokens < len(episode.ids)
+    torch.testing.assert_close(loss, expected.sum(), atol=GRADIENT_TOLERANCE, rtol=GRADIENT_TOLERANCE)
 
 
 def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(mini):
@@ -317,7 +347,8 @@ def test_micro_batches_hold_every_row_once_within_the_limit():
     lengths = [5, 30, 7, 7, 100, 1, 12]
     groups = list(train.micro_batches(lengths, 40))
     assert sorted(i for group in groups for i in group) == list(range(7))
-    assert all(len(g) * max(lengths[i] for i in g) <= 40 or len(g) == 1 for g in groups)
+    assert groups == [[0, 1], [2, 3], [4], [5, 6]]
+    assert all(sum(lengths[i] for i in g) <= 40 or len(g) == 1 for g in groups)
 
 
 def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_teacher_on_wrong_ones(
