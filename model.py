@@ -4,8 +4,8 @@ Read from and written to the published layout (config.json, *.safetensors under 
 a saved folder loads in transformers and vLLM with the same logits. encoder.py and tokenizer.py are part of this
 door: `from model import Tokenizer, load_encoder` works.
 
-In the KV cache slot == position. Ragged prompts are right padded; what padding writes into later slots is
-overwritten before any token can attend to it.
+In the KV cache slot == position. Prompts and observations of several rows are read packed, without padding; what an
+idle row writes during a step lies where its next token will be written before anything can attend to it.
 
     decoder, tokenizer = load_decoder("Qwen/Qwen2.5-0.5B-Instruct"), Tokenizer.load("Qwen/Qwen2.5-0.5B-Instruct")
     logits = decoder(torch.tensor([tokenizer.chat([{"role": "user", "content": "Hello"}])]))  # [1, T, V]
@@ -121,36 +121,65 @@ class KVCache:
         self.values = [values.index_select(0, rows) for values in self.values]
         self.rows = len(rows)
 
+    def prefill(self, rows: list[int], starts: list[int]) -> "Prefill":
+        """For a call with packed documents: document i goes on at position starts[i] of row rows[i]."""
+        return Prefill(self, rows, starts)
 
-class _Slots(NamedTuple):
-    """Where one call writes into the cache and what it reads back; the same for all layers."""
+    def step(self, positions: Tensor, reach: int) -> "Step":
+        """For a call with one token for each row, at positions [rows]; slots < reach are read, all positions among
+        them (a number of the host's, so that the device need not be asked)."""
+        if not self.rows == len(positions):
+            raise ValueError(f"KV cache: got {len(positions)} positions, expected one for each of {self.rows} rows")
+        return Step(self, positions, self.check(reach))
 
+    def check(self, reach: int) -> int:
+        if reach > self.slots:
+            raise ValueError(f"KV cache: got position {reach - 1}, expected less than {self.slots}; make it longer")
+        return reach
+
+
+class Prefill(NamedTuple):
     cache: KVCache
-    rows: Tensor | None  # [B] cache rows, None for all in order
-    positions: Tensor  # [B, T] slots
-    reach: int  # slots < reach are read
-    is_fresh: bool  # positions are 0..T-1: all there is to attend to comes with this call
+    rows: list[int]
+    starts: list[int]
 
-    @classmethod
-    def plan(cls, cache: KVCache, rows: Tensor | None, positions: Tensor, count: Tensor) -> "_Slots":
-        if rows is None and cache.rows != len(positions):
-            raise ValueError(f"KV cache: got {len(positions)} rows of ids, expected {cache.rows}; pass rows=")
-        reach = int(positions.max()) + 1
-        if reach > cache.slots:
-            raise ValueError(f"KV cache: got position {reach - 1}, expected less than {cache.slots}; make it longer")
-        is_fresh = 1 < reach == len(count) and bool((positions == count).all())
-        return cls(cache, rows, positions, reach, is_fresh)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
+        """Write k, v [1, KV, N, Dh]; q [1, H, N, Dh] attends to its row's slots up to its own -> [1, H, N, Dh]."""
+        keys, values, mixed = self.cache.keys[layer], self.cache.values[layer], []
+        parts = zip(self.rows, self.starts, *(x.split(documents, 2) for x in (q, k, v)), strict=True)
+        for row, start, q, k, v in parts:
+            end = self.cache.check(start + q.shape[2])
+            keys[row, :, start:end], values[row, :, start:end] = k[0], v[0]
+            mask = None
+            if start:  # the row goes on: all its earlier slots, and causal among the new ones
+                k, v = keys[row : row + 1, :, :end].to(q.dtype), values[row : row + 1, :, :end].to(q.dtype)
+                mask = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(start)
+            mixed.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start, enable_gqa=True))
+        return torch.cat(mixed, 2)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, T, KV, Dh]; return what there is to attend to, [B, KV, L, Dh]."""
+
+class Step(NamedTuple):
+    cache: KVCache
+    positions: Tensor  # [B]
+    reach: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
+        """Write k, v [B, KV, 1, Dh]; q [B, H, 1, Dh] attends to its row's slots up to its own -> [B, H, 1, Dh]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        write = (torch.arange(len(k), device=k.device) if self.rows is None else self.rows)[:, None]
-        keys[write, :, self.positions], values[write, :, self.positions] = k.to(keys.dtype), v.to(values.dtype)
-        keys, values = keys[:, :, : self.reach], values[:, :, : self.reach]
-        if self.rows is None:
-            return keys, values
-        return keys.index_select(0, self.rows), values.index_select(0, self.rows)
+        rows = torch.arange(len(q), device=q.device)
+        keys[rows, :, self.positions] = k.squeeze(2).to(keys.dtype)
+        values[rows, :, self.positions] = v.squeeze(2).to(values.dtype)
+        keys, values = keys[:, :, : self.reach].to(q.dtype), values[:, :, : self.reach].to(q.dtype)
+        mask = torch.arange(self.reach, device=q.device) > self.positions[:, None, None, None]  # [B, 1, 1, L]
+        # The queries that share a key head are laid side by side, so that keys are never repeated. Two products are
+        # faster than the CPU's fused kernel, which splits work by row and head only.
+        grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, KV, H / KV, Dh]
+        weights = (grouped * q.shape[-1] ** -0.5) @ keys.transpose(2, 3)
+        weights = weights.float().masked_fill(mask, -torch.inf).softmax(-1).to(q.dtype)
+        return (weights @ values).view_as(q)
 
+
+Slots = Prefill | Step | None  # where a call writes keys and values; None: nowhere
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
@@ -177,30 +206,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=config.o_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None,
-                documents: list[int]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: list[int], slots: Slots) -> Tensor:
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), cos, sin)
         k = rotate(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), cos, sin)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
-        cached = None if slots is None else slots.update(self.layer, k, v)
-        if cached is None or slots.is_fresh:
-            # A document at a time: what is packed beside it costs nothing, which no mask can say to every kernel.
-            parts = zip(*(x.transpose(1, 2).split(documents, 2) for x in (q, k, v)), strict=True)  # [B, H or KV, n, Dh]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
+        if slots is None:
+            # A document at a time: what is packed beside it costs nothing, and no mask is ever made.
+            parts = zip(*(x.split(documents, 2) for x in (q, k, v)), strict=True)
             mixed = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
-                               for part in parts], dim=2)
-            return self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))
-        # The queries that share a key head are laid side by side, so that keys are never repeated.
-        keys, values = cached  # [B, KV, L, Dh]
-        q = q.view(B, T, self.num_kv_heads, -1, self.head_dim).permute(0, 2, 3, 1, 4)  # [B, KV, H / KV, T, Dh]
-        group, q = q.shape[2], q.flatten(2, 3)
-        if T == 1 and not x.is_cuda:  # faster than the CPU's fused kernel, which splits work by row and head only
-            weights = (q * self.head_dim**-0.5) @ keys.to(q.dtype).transpose(2, 3)
-            mixed = weights.masked_fill(~mask, -torch.inf).softmax(-1) @ values.to(q.dtype)
+                               for part in parts], 2)
         else:
-            mask = mask.repeat(1, 1, group, 1)  # [B, 1, H / KV * T, L]
-            mixed = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), mask)
-        return self.o_proj(mixed.unflatten(2, (group, T)).permute(0, 3, 1, 2, 4).reshape(B, T, -1))
+            mixed = slots.attend(self.layer, q, k, v, documents)
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -223,9 +242,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slots: _Slots | None,
-                documents: list[int]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, slots, documents)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: list[int], slots: Slots) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -250,39 +268,36 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return F.linear(self.hidden(ids), self.head_weight)
 
-    def hidden(self, ids: Tensor, *, positions: Tensor | None = None, documents: list[int] | None = None,
-               cache: KVCache | None = None, rows: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, *, documents: list[int] | None = None,
+               cache: Slots = None) -> Tensor:
         """States after the final norm, [B, T, D]; row t predicts token t + 1.
 
-        Without a cache: causal attention over the T tokens, within a document where `documents` gives the lengths
-        of the documents packed into a row.
-        With a cache: the token at position p of row b is written to slot p of cache row rows[b] (b when rows is
-        None) and attends to that row's slots <= p. `positions` [B, T] default to 0..T-1.
+        Causal attention over the T tokens, or within a document where `documents` gives the lengths of the documents
+        packed into a row. cache: tokens are written to a KVCache and attend to what its rows hold, see
+        KVCache.prefill (ids [1, T], packed) and KVCache.step (ids [rows, 1]).
         """
         if documents and sum(documents) != ids.shape[1]:
             raise ValueError(f"documents: got {sum(documents)} tokens, expected the {ids.shape[1]} of a row")
         documents = documents or [ids.shape[1]]
-        count = torch.cat([torch.arange(length, device=ids.device) for length in documents])
-        positions = count.expand_as(ids) if positions is None else positions
-        mask, slots = None, None
-        if cache is not None:
-            slots = _Slots.plan(cache, rows, positions, count)
-            if not slots.is_fresh:
-                mask = torch.arange(slots.reach, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, L]
+        if isinstance(cache, Step):
+            positions = cache.positions[:, None]  # [B, 1]
+        else:
+            starts = [0] * len(documents) if cache is None else cache.starts
+            positions = torch.cat([torch.arange(start, start + length, device=ids.device)
+                                   for start, length in zip(starts, documents, strict=True)])[None]  # [1, T]
         x = self.model.embed_tokens(ids)  # [B, T, D]
         cos, sin = self._rotary(positions, x.dtype)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, slots, documents, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, documents, cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, slots, documents)
+                x = layer(x, cos, sin, documents, cache)
         return self.model.norm(x)
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin, [B or 1, T, 1, Dh], in fp32 and once for all layers."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        positions = positions[:1] if positions.stride(0) == 0 else positions  # the same for all rows
         angles = positions[:, :, None, None].float() * self.frequencies  # [B or 1, T, 1, Dh / 2]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)

@@ -17,6 +17,7 @@ Legend: B rows (episodes in flight), T tokens, D width.
 import sys
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +42,11 @@ from episode import (
 )
 from kernels import sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
-from retriever import Retriever
+from retriever import Passage, Retriever
 
 SEARCH_TRIES = 3
+SEARCH_STEPS = 4  # tokens that the other rows write before the results of a search are looked at
+DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that a row writes before the host looks: on a GPU each look costs a wait
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Policy(NamedTuple):
 def uniforms(seed: int, episodes: Sequence[int], token_indices: Sequence[int]) -> np.ndarray:
     """Uniform numbers in [0, 1) that depend on (seed, episode, token index) alone, never on the batch.
 
-    A counter through splitmix64's finaliser, twice; [B], [B] -> float64 [B].
+    A counter through splitmix64's finaliser, twice; two of one shape -> float64 of that shape.
     """
     with np.errstate(over="ignore"):
         x = _mix(np.uint64(seed % 2**64) + np.asarray(episodes, np.uint64) * np.uint64(0xD1342543DE82EF95))
@@ -102,9 +105,17 @@ class _Row:
     cached: int = 0  # tokens in the cache; also the position of pending[0]
     turn: int = 0
     sampled: int = 0  # agent tokens so far: the counter of the noise
+    query: str | None = None  # what it waits for
 
 
-@torch.no_grad()
+class _Search(NamedTuple):
+    """A batch of queries under way."""
+
+    rows: list[_Row]
+    results: Future[list[list[Passage]] | None]
+    deadline: int  # the step before which the results are not looked at
+
+
 def generate(
     policy: Policy,
     retriever: Retriever,
@@ -121,108 +132,164 @@ def generate(
     the batch. `progress` names a progress bar. KV is kept across turns: an observation is a prefill into the
     same row; a row is given to the next question when its episode ends.
     """
-    decoder, tokenizer = policy
-    device = decoder.head_weight.device
-    episodes = [Episode(q, [prompt_segment(tokenizer, q, settings.prompt)]) for q in questions]
-    queue = deque(
-        _Row(e, first_episode + i, list(e.segments[0].ids)) for i, e in enumerate(episodes)
-    )
-    num_rows = min(settings.rollout_rows, len(questions))
-    if num_rows == 0:
-        return episodes
-    # One slot more than the context: padding of a full row is written there and never read.
-    cache = KVCache(
-        decoder.config, num_rows, settings.max_context_tokens + 1, dtype=decoder.head_weight.dtype, device=device
-    )
-    rows: list[_Row | None] = [None] * num_rows
-    bar = tqdm(total=len(questions), desc=progress, disable=not progress, leave=False, mininterval=1)
-    while queue or any(rows):
-        for slot in range(len(rows)):
-            while rows[slot] is None and queue:
-                row = queue.popleft()
-                if len(row.pending) < settings.max_context_tokens:
-                    rows[slot] = row
-                    row.episode.segments.append(Segment("agent", []))
-                else:  # a prompt that fills the context leaves no room to act
-                    row.episode.status = "max_tokens"
-                    bar.update()
-        in_flight = [slot for slot, row in enumerate(rows) if row]
-        if not in_flight:
-            break
-        if not queue and len(in_flight) <= len(rows) // 2:
-            cache.keep(torch.tensor(in_flight, device=device))
-            rows = [rows[slot] for slot in in_flight]
-            in_flight = list(range(len(rows)))
-        reading = [slot for slot in in_flight if len(rows[slot].pending) > 1]
-        writing = [slot for slot in in_flight if len(rows[slot].pending) == 1]
-        # A prefill waits for company, so that it is not done a row at a time.
-        if reading and (not writing or 8 * len(reading) >= len(rows)):
-            _step(policy, retriever, cache, rows, reading, settings, seed)
-        else:
-            _step(policy, retriever, cache, rows, writing, settings, seed)
-        for slot, row in enumerate(rows):
-            if row and row.episode.status:
-                rows[slot] = None
-                bar.update()
-    bar.close()
+    episodes = [Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt)]) for q in questions]
+    rows = [_Row(e, first_episode + i, list(e.segments[0].ids)) for i, e in enumerate(episodes)]
+    with (
+        ThreadPoolExecutor(1) as searcher,
+        tqdm(total=len(rows), desc=progress, disable=not progress, leave=False, mininterval=1) as bar,
+    ):
+        _Engine(policy, retriever, settings, seed, rows, searcher, bar).run()
     return episodes
 
 
-def _step(
-    policy: Policy,
-    retriever: Retriever,
-    cache: KVCache,
-    rows: list[_Row | None],
-    slots: list[int],
-    settings: RolloutSettings,
-    seed: int,
-) -> None:
-    """Run the pending tokens of `slots` through the decoder and sample one token for each of them."""
-    device = policy.decoder.head_weight.device
-    width = max(len(rows[slot].pending) for slot in slots)
-    # A decode step runs over all rows, which saves gathering the cache; idle rows write one junk token where
-    # their next real token will be written before anything can attend to it.
-    part = list(range(len(rows))) if width == 1 else slots
-    writing = set(slots)
-    ids = np.zeros((len(part), width), np.int64)
-    positions = np.zeros((len(part), width), np.int64)
-    for i, slot in enumerate(part):
-        row = rows[slot]
-        if row is None:
-            continue
-        count = len(row.pending) if slot in writing else 0
-        ids[i, :count] = row.pending[:count]
-        # Padding goes to later slots, which real tokens fill before anything can attend to them.
-        positions[i] = np.minimum(row.cached + np.arange(width), settings.max_context_tokens)
-    hidden = policy.decoder.hidden(
-        torch.from_numpy(ids).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        cache=cache,
-        rows=None if width == 1 else torch.tensor(part, device=device),
-    )  # [B, T, D]
-    chosen = slots if width == 1 else list(range(len(slots)))
-    active = [rows[slot] for slot in slots]
-    last = torch.tensor([len(row.pending) - 1 for row in active], device=device)
-    noise = uniforms(seed, [row.index for row in active], [row.sampled for row in active])
-    tokens, logprobs = sample(
-        hidden[torch.tensor(chosen, device=device), last],
-        policy.head,
-        torch.from_numpy(noise).to(device),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-    )
-    searching: list[tuple[_Row, str]] = []
-    for row, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-        row.cached += len(row.pending)
+class _Engine:
+    """Rows in flight: some read (prefill), some write (a token a step), some wait for their search.
+
+    What happens next follows from token counts and step numbers alone, never from how long a search took, so that
+    the batches, and with them the rounding, are the same in every run.
+    """
+
+    def __init__(self, policy: Policy, retriever: Retriever, settings: RolloutSettings, seed: int, queue: list[_Row],
+                 searcher: ThreadPoolExecutor, bar: tqdm) -> None:
+        self.policy, self.retriever, self.settings, self.seed = policy, retriever, settings, seed
+        self.queue, self.searcher, self.bar = deque(queue), searcher, bar
+        self.search: _Search | None = None
+        self.rows: list[_Row | None] = [None] * min(settings.rollout_rows, len(queue))
+        self.num_steps = 0
+        self.device = policy.head.device
+        # One slot more than the context: what runs beyond it is written there and never read.
+        self.cache = KVCache(policy.decoder.config, len(self.rows), settings.max_context_tokens + 1,
+                             dtype=policy.head.dtype, device=self.device)
+        self.decode_steps = DECODE_STEPS.get(self.device.type, 1)
+        self.may_end = torch.zeros(len(policy.head), dtype=torch.bool, device=self.device)  # [V]
+        self.may_end[[*policy.tokenizer.containing(">"), policy.tokenizer.eos_id]] = True
+
+    @torch.no_grad()
+    def run(self) -> None:
+        while self.fill():
+            waiting = [row for row in self.rows if row and row.query is not None]
+            busy = [slot for slot, row in enumerate(self.rows) if row and row.query is None]
+            reading = [slot for slot in busy if len(self.rows[slot].pending) > 1]
+            writing = [slot for slot in busy if len(self.rows[slot].pending) == 1]
+            if self.search is None and self.is_worth_it(waiting, writing):
+                self.ask(waiting)
+            elif self.search and (not writing or self.num_steps >= self.search.deadline):
+                self.observe()
+            elif self.is_worth_it(reading, writing):
+                self.read(reading)
+            else:
+                self.write(writing)
+
+    def is_worth_it(self, group: list, writing: list[int]) -> bool:
+        """A prefill and a search wait for company, so that they are not done a row at a time."""
+        return bool(group) and (not writing or 8 * len(group) >= len(self.rows))
+
+    def fill(self) -> bool:
+        """Free ended rows, give them to the next questions, drop rows that stay free; False when all is done."""
+        for slot, row in enumerate(self.rows):
+            if row and row.episode.status:
+                self.rows[slot] = None
+                self.bar.update()
+            while self.rows[slot] is None and self.queue:
+                row = self.queue.popleft()
+                if len(row.pending) < self.settings.max_context_tokens:
+                    self.rows[slot] = row
+                    row.episode.segments.append(Segment("agent", []))
+                else:  # a prompt that fills the context leaves no room to act
+                    row.episode.status = "max_tokens"
+                    self.bar.update()
+        in_flight = [slot for slot, row in enumerate(self.rows) if row]
+        if 4 * len(in_flight) <= 3 * len(self.rows):
+            self.cache.keep(torch.tensor(in_flight, dtype=torch.long, device=self.device))
+            self.rows = [self.rows[slot] for slot in in_flight]
+        return bool(self.rows)
+
+    def read(self, slots: list[int]) -> None:
+        """Run the pending tokens of these rows, packed, and sample the token that follows each row's."""
+        active = [self.rows[slot] for slot in slots]
+        lengths = [len(row.pending) for row in active]
+        hidden = self.policy.decoder.hidden(
+            torch.tensor([[i for row in active for i in row.pending]], device=self.device),
+            documents=lengths,
+            cache=self.cache.prefill(slots, [row.cached for row in active]),
+        )  # [1, T, D]
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        tokens, logprobs = self.sample(hidden[0, last], self.noise(active, 1)[:, 0])
+        for row, length, token, logprob in zip(active, lengths, tokens.tolist(), logprobs.tolist(), strict=True):
+            self.take(row, length, token, logprob)
+
+    def write(self, slots: list[int]) -> None:
+        """A few steps of all rows, sampling a token a step; the host looks at the tokens afterwards.
+
+        A step is over all rows, which saves gathering the cache; a row that does not write, or whose last token may
+        have ended its turn, repeats its place: what it puts there is overwritten before anything attends to it.
+        """
+        writing, num_steps = set(slots), self.decode_steps
+        rows = [self.rows[slot] if slot in writing else None for slot in range(len(self.rows))]
+        pending = torch.tensor([row.pending[0] if row else 0 for row in rows], device=self.device)
+        positions = torch.tensor([row.cached if row else 0 for row in self.rows], device=self.device)
+        stopped = torch.tensor([row is None for row in rows], device=self.device)
+        noise = self.noise([row or _IDLE for row in rows], num_steps)
+        reach = min(max(row.cached for row in rows if row) + num_steps, self.cache.slots)
+        positions = positions.clamp(max=reach - 1)
+        tokens, logprobs = [], []
+        for step in range(num_steps):
+            hidden = self.policy.decoder.hidden(pending[:, None], cache=self.cache.step(positions, reach))  # [B, 1, D]
+            token, logprob = self.sample(hidden[:, 0], noise[:, step])
+            tokens, logprobs = [*tokens, token], [*logprobs, logprob]
+            stopped = stopped | self.may_end[token]
+            pending = torch.where(stopped, pending, token)
+            positions = torch.where(stopped, positions, positions + 1).clamp(max=reach - 1)
+        self.num_steps += num_steps
+        may_end = self.may_end[torch.stack(tokens, 1)].tolist()
+        tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+        for slot in slots:
+            row = self.rows[slot]
+            for token, logprob, stops in zip(tokens[slot], logprobs[slot], may_end[slot], strict=True):
+                if self.take(row, 1, token, logprob) or stops:
+                    break
+
+    def noise(self, rows: Sequence[_Row], num_steps: int) -> Tensor:
+        """[B, steps]"""
+        counts = np.array([row.sampled for row in rows])[:, None] + np.arange(num_steps)
+        indices = np.broadcast_to(np.array([row.index for row in rows])[:, None], counts.shape)
+        return torch.from_numpy(uniforms(self.seed, indices, counts)).to(self.device)
+
+    def sample(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return sample(hidden, self.policy.head, noise, temperature=self.settings.temperature, top_p=self.settings.top_p)
+
+    def take(self, row: _Row, num_read: int, token: int, logprob: float) -> bool:
+        """Record a token sampled after num_read more; whether that ended the turn."""
+        row.cached += num_read
         row.pending = [token]
         row.sampled += 1
-        row.episode.segments[-1].ids.append(token)
-        row.episode.segments[-1].logprobs.append(logprob)
-        query = _end_of_turn(row, policy.tokenizer, settings)
-        if query is not None:
-            searching.append((row, query))
-    if searching:
-        _search(searching, retriever, policy.tokenizer, settings)
+        turn = row.episode.segments[-1]
+        turn.ids.append(token)
+        turn.logprobs.append(logprob)
+        row.query = _end_of_turn(row, self.policy.tokenizer, self.settings)
+        return row.query is not None or bool(row.episode.status) or len(row.pending) > 1
+
+    def ask(self, rows: list[_Row]) -> None:
+        """Start one search for all that wait; the others go on writing meanwhile."""
+        results = self.searcher.submit(_search, self.retriever, [row.query for row in rows], self.settings.top_k)
+        self.search = _Search(rows, results, self.num_steps + SEARCH_STEPS)
+
+    def observe(self) -> None:
+        """Show what was found; a search that keeps failing ends its episodes with status search_error."""
+        rows, results, _ = self.search
+        self.search, found = None, results.result()
+        for i, row in enumerate(rows):
+            query, row.query = row.query, None
+            if found is None:
+                row.episode.status = "search_error"
+                continue
+            row.episode.queries.append(query)
+            row.episode.passages.append(found[i])
+            ids = observation_ids(self.policy.tokenizer, found[i], self.settings.max_obs_tokens)
+            _observe(row, ids, self.settings)
+
+
+_IDLE = _Row(None, 0, [0])  # stands for a row that does not write
 
 
 def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> str | None:
@@ -259,25 +326,14 @@ def _observe(row: _Row, ids: list[int], settings: RolloutSettings) -> None:
     row.episode.segments += [Segment("environment", ids), Segment("agent", [])]
 
 
-def _search(
-    searching: list[tuple[_Row, str]], retriever: Retriever, tokenizer: Tokenizer, settings: RolloutSettings
-) -> None:
-    """One batched search; a search that keeps failing ends its episodes with status search_error."""
-    queries = [query for _, query in searching]
+def _search(retriever: Retriever, queries: list[str], top_k: int) -> list[list[Passage]] | None:
+    """One batched search, tried again when it fails; None when it keeps failing."""
     for attempt in range(1, SEARCH_TRIES + 1):
         try:
-            found = retriever.search(queries, settings.top_k)
-            break
+            return retriever.search(queries, top_k)
         except (OSError, RuntimeError) as error:
             print(f"search failed ({attempt} of {SEARCH_TRIES} tries): {error}", file=sys.stderr)
-    else:
-        for row, _ in searching:
-            row.episode.status = "search_error"
-        return
-    for (row, query), passages in zip(searching, found, strict=True):
-        row.episode.queries.append(query)
-        row.episode.passages.append(passages)
-        _observe(row, observation_ids(tokenizer, passages, settings.max_obs_tokens), settings)
+    return None
 
 
 # ---- the program ----

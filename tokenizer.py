@@ -5,11 +5,12 @@ encoded apart. Templates come with checkpoints from strangers: they run in jinja
 """
 
 import datetime
+import functools
 import json
 import re
 from pathlib import Path
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -107,22 +108,25 @@ class Tokenizer:
             ids += self.full.encode(piece, add_special_tokens=False).ids
         return ids
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    @functools.cached_property
+    def _compiled(self) -> Template:
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
-        unknown = [message["role"] for message in messages if message["role"] not in self.ROLES]
-        if unknown:  # a role is rendered as it is, so a free one could carry control tokens
-            raise ValueError(f"message role: got {unknown[0]!r}, expected one of {list(self.ROLES)}; fix the messages")
         # The sandbox, because templates come with checkpoints from strangers.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {"raise_exception": raise_exception,
                                 "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        return environment.from_string(self.template)
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        unknown = [message["role"] for message in messages if message["role"] not in self.ROLES]
+        if unknown:  # a role is rendered as it is, so a free one could carry control tokens
+            raise ValueError(f"message role: got {unknown[0]!r}, expected one of {list(self.ROLES)}; fix the messages")
         try:
-            return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                **self.names)
+            return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
+                                         documents=None, **self.names)
         except TemplateError as error:
             raise ValueError(f"{self.folder}: chat template: got {type(error).__name__}: {error}, expected text; "
                              "check the roles of the messages, or replace the template") from error

@@ -177,22 +177,21 @@ def test_ragged_prefill_then_steps_on_a_cache_equal_a_plain_pass(public: dict) -
     cache = KVCache(decoder.config, 4, 20)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(9.0)  # what an earlier episode left behind
-    rows, start = torch.tensor([3, 0, 2]), torch.tensor(lengths)  # a subset of the cache's rows, in another order
-    prompt = ids[:, :7].clone()
-    for row, length in enumerate(lengths):
-        prompt[row, length:] = 96  # right padding: junk
-    states = decoder.hidden(prompt, cache=cache, rows=rows)
-    for row, length in enumerate(lengths):
-        torch.testing.assert_close(states[row, :length], expected[row, :length], atol=CACHE_TOLERANCE, rtol=0)
-    # An observation of 3 tokens into the middle of the rows, padded to 4 for good measure.
-    positions = start[:, None] + torch.arange(4)
-    states = decoder.hidden(ids.gather(1, positions), positions=positions, cache=cache, rows=rows)
-    for row, length in enumerate(lengths):
-        torch.testing.assert_close(states[row, :3], expected[row, length : length + 3], atol=CACHE_TOLERANCE, rtol=0)
+    rows = [3, 0, 2]  # a subset of the cache's rows, in another order
+
+    def read(counts: list[int], starts: list[int]) -> None:
+        packed = torch.cat([ids[i, s : s + n] for i, (s, n) in enumerate(zip(starts, counts, strict=True))])[None]
+        states = decoder.hidden(packed, documents=counts, cache=cache.prefill(rows, starts))
+        for i, part in enumerate(states[0].split(counts)):
+            now = expected[i, starts[i] : starts[i] + counts[i]]
+            torch.testing.assert_close(part, now, atol=CACHE_TOLERANCE, rtol=0)
+
+    read(lengths, [0, 0, 0])
+    read([3, 1, 3], lengths)  # observations into the middle of the rows
     cache.keep(torch.tensor([3, 2]))  # rows 0 and 2 of the batch go on alone
-    kept, at = ids[[0, 2]], start[[0, 2]] + 3
+    kept, at = ids[[0, 2]], torch.tensor([8, 10])
     for _ in range(4):
-        states = decoder.hidden(kept.gather(1, at[:, None]), positions=at[:, None], cache=cache)
+        states = decoder.hidden(kept.gather(1, at[:, None]), cache=cache.step(at, int(at.max()) + 1))
         torch.testing.assert_close(states[:, 0], expected[[0, 2], at], atol=CACHE_TOLERANCE, rtol=0)
         at = at + 1
 
@@ -201,9 +200,11 @@ def test_the_cache_refuses_what_does_not_fit() -> None:
     decoder = wide(QWEN)
     cache = KVCache(decoder.config, 2, 4)
     with pytest.raises(ValueError, match="got position 4, expected less than 4"):
-        decoder.hidden(ids_of(2, 1), positions=torch.tensor([[4], [0]]), cache=cache)
-    with pytest.raises(ValueError, match="got 3 rows of ids, expected 2"):
-        decoder.hidden(ids_of(3, 1), cache=cache)
+        cache.step(torch.tensor([4, 0]), 5)
+    with pytest.raises(ValueError, match="got position 4, expected less than 4"):
+        decoder.hidden(ids_of(1, 3), documents=[3], cache=cache.prefill([1], [2]))
+    with pytest.raises(ValueError, match="got 3 positions, expected one for each of 2 rows"):
+        cache.step(torch.zeros(3, dtype=torch.long), 1)
 
 
 @torch.no_grad()
@@ -579,10 +580,11 @@ def test_smollm2_answers_a_question_from_a_cache() -> None:
     tokenizer.template = CHATML  # its own template would add a system prompt; the known answer is without one
     ids = tokenizer.chat([{"role": "user", "content": "Who wrote Romeo and Juliet?"}])
     cache, written = KVCache(decoder.config, 1, len(ids) + 20), []
-    hidden = decoder.hidden(torch.tensor([ids]), cache=cache)
+    hidden = decoder.hidden(torch.tensor([ids]), cache=cache.prefill([0], [0]))
     for step in range(14):
         written.append(int((hidden[:, -1] @ decoder.head_weight.T).argmax()))
-        hidden = decoder.hidden(torch.tensor([written[-1:]]), positions=torch.tensor([[len(ids) + step]]), cache=cache)
+        at = len(ids) + step
+        hidden = decoder.hidden(torch.tensor([written[-1:]]), cache=cache.step(torch.tensor([at]), at + 1))
     assert tokenizer.decode(written).startswith('The play "Romeo and Juliet" by William Shakespeare')
 
 

@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_rollout.py
 
 import json
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import rollout
-from data import Question
+from data import Question, build_messages, load_questions
 from episode import (
     INFORMATION_END,
     NOTICE,
@@ -28,8 +30,8 @@ from episode import (
     save_episodes,
 )
 from episode import main as write_demonstrations
-from model import Tokenizer, new_decoder
-from retriever import Passage
+from model import Tokenizer, load_decoder, new_decoder
+from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,19 +69,24 @@ class ScriptedDecoder:
         self.head_weight = 100.0 * torch.eye(tokenizer.size + 3)  # a head padded beyond the tokenizer
         self.config = new_decoder(tiny_config(tokenizer.size), seed=0).config
 
-    def hidden(self, ids, *, positions, cache, rows):
+    def hidden(self, ids, *, cache, documents=None):
+        if documents:  # prefill: one part for each row
+            parts = zip(cache.rows, cache.starts, ids[0].split(documents), strict=True)
+        else:
+            parts = [(row, int(at), ids[row]) for row, at in enumerate(cache.positions)]
+        return torch.stack([state for part in parts for state in self.read(cache.cache, *part)]).view(*ids.shape, -1)
+
+    def read(self, cache, row: int, start: int, ids: torch.Tensor):
         slots = cache.keys[0][:, 0, :, 0]  # the ids lie where keys would, so that compaction moves them
-        states = torch.zeros(*ids.shape, self.tokenizer.size + 3)
-        for b in range(len(ids)):
-            row = b if rows is None else int(rows[b])
-            slots[row, positions[b]] = ids[b].float()
-            for t in range(ids.shape[1]):
-                prefix = slots[row, : int(positions[b, t]) + 1].long().tolist()
-                name = next((n for n in self.scripts if n in self.tokenizer.decode(prefix)), None)
-                if name is not None:
-                    script = self.scripts[name]
-                    states[b, t, script[min(self.progress(prefix, script), len(script) - 1)]] = 1.0
-        return states
+        slots[row, start : start + len(ids)] = ids.float()
+        for t in range(len(ids)):
+            state = torch.zeros(self.tokenizer.size + 3)
+            prefix = slots[row, : start + t + 1].long().tolist()
+            name = next((n for n in self.scripts if n in self.tokenizer.decode(prefix)), None)
+            if name is not None:
+                script = self.scripts[name]
+                state[script[min(self.progress(prefix, script), len(script) - 1)]] = 1.0
+            yield state
 
     def progress(self, prefix: list[int], script: list[int]) -> int:
         """Script tokens already in the prefix, matched in order after the prompt."""
@@ -499,6 +506,87 @@ def test_the_program_says_what_it_expects():
     for words in (["ask"], ["aks", "who"]):
         with pytest.raises(SystemExit, match="expected"):
             rollout.main(words)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Policy, Retriever, list[Question], RolloutSettings]:
+    """The embedded world's teacher, which searches and answers."""
+    policy = Policy(load_decoder(ROOT / "world/teacher"), Tokenizer.load(ROOT / "world/teacher"))
+    retriever = Retriever.load(ROOT / "world/corpus.jsonl", ROOT / "world/encoder")
+    settings = RolloutSettings(max_turns=2, top_k=1, max_new_tokens=64, max_obs_tokens=80, max_context_tokens=300,
+                               temperature=0, prompt="short", rollout_rows=5)
+    return policy, retriever, load_questions(ROOT / "world/questions/train.jsonl", limit=12), settings
+
+
+@torch.no_grad()
+def one_row_at_a_time(policy, retriever, question, settings) -> list[int]:
+    """What the engine must equal: no cache, no batch, the whole context read again for each token."""
+    decoder, tokenizer = policy
+    ids, turn, text_start = tokenizer.chat(build_messages(question, settings.prompt)), 0, None
+    while len(ids) < settings.max_context_tokens:
+        text_start = len(ids) if text_start is None else text_start
+        ids.append(decoder(torch.tensor([ids]))[0, -1, : tokenizer.size].argmax().item())
+        written = ids[text_start:]
+        text = tokenizer.decode(written)
+        complete = "</search>" in text or "</answer>" in text
+        if not (complete or len(written) == settings.max_new_tokens or ids[-1] == tokenizer.eos_id):
+            continue
+        kind, content = parse_action(text) if complete else ("invalid", "")
+        if kind == "answer" or turn == settings.max_turns:
+            break
+        observation = tokenizer.encode(NOTICE)
+        if kind == "search":
+            found = retriever.search([content], settings.top_k)[0]
+            observation = observation_ids(tokenizer, found, settings.max_obs_tokens)
+        if len(ids) + len(observation) >= settings.max_context_tokens:
+            break
+        ids, turn, text_start = ids + observation, turn + 1, None
+    return ids
+
+
+@pytest.mark.parametrize("decode_steps", [1, 7])  # 7: the host looks late, as on a GPU
+def test_greedy_episodes_equal_those_of_a_plain_loop(world, monkeypatch, decode_steps):
+    monkeypatch.setattr(rollout, "DECODE_STEPS", {"cpu": decode_steps})
+    policy, retriever, questions, settings = world
+    episodes = rollout.generate(*world[:3], settings, seed=0)
+    assert sum(e.num_searches for e in episodes) >= len(questions)
+    for episode, question in zip(episodes, questions, strict=True):
+        assert episode.ids == one_row_at_a_time(policy, retriever, question, settings), question.question
+
+
+def test_episodes_do_not_depend_on_how_long_a_search_takes_and_others_write_meanwhile(world):
+    policy, retriever, questions, settings = world
+    settings = replace(settings, temperature=1.0)
+
+    class Late:
+        """Answers after a while, and counts the tokens that were written while it was asked."""
+
+        def __init__(self, engine_steps):
+            self.engine_steps, self.written = engine_steps, []
+
+        def search(self, queries, top_k):
+            before = len(self.engine_steps)
+            time.sleep(0.02 * (1 + len(self.written) % 3))
+            self.written.append(len(self.engine_steps) - before)
+            return retriever.search(queries, top_k)
+
+    steps = []
+    late = Late(steps)
+    real = policy.decoder.hidden
+
+    def counting(*args, **kwargs):
+        steps.append(1)
+        return real(*args, **kwargs)
+
+    policy.decoder.hidden = counting
+    try:
+        slow = rollout.generate(policy, late, questions, settings, seed=3)
+    finally:
+        del policy.decoder.hidden
+    fast = rollout.generate(policy, retriever, questions, settings, seed=3)
+    assert [e.ids for e in slow] == [e.ids for e in fast]
+    assert [[s.logprobs for s in e.segments] for e in slow] == [[s.logprobs for s in e.segments] for e in fast]
+    assert max(late.written) > 0
 
 
 @pytest.mark.gpu
