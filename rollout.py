@@ -16,9 +16,10 @@ Legend: B rows (episodes in flight), T tokens, D width.
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,9 @@ from model import Decoder, KVCache, Tokenizer, load_decoder
 from retriever import Passage, Retriever
 
 SEARCH_TRIES = 3
-SEARCH_STEPS = 4  # tokens that the other rows write before the results of a search are looked at
+# Tokens that the other rows write before the results of a search are looked at; on a CPU both want the same cores.
+SEARCH_STEPS = {"cpu": 1, "cuda": 8}
+GRAPH_REACH = 256  # slots; a graph reads a multiple of them
 DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that a row writes before the host looks: on a GPU each look costs a wait
 
 
@@ -60,6 +63,7 @@ class RolloutSettings:
     top_p: float = setting(1.0, "nucleus sampling; training needs 1.0")
     prompt: str = setting("paper", "'paper' (Table 7), 'short', 'row' (from the data), or a file with {question}")
     rollout_rows: int = setting(64, "episodes in flight at once")
+    cuda_graphs: bool = setting(False, "replay the steps of a GPU as CUDA graphs (not yet tried on one)")
 
 
 class Policy(NamedTuple):
@@ -156,6 +160,7 @@ class _Engine:
         self.search: _Search | None = None
         self.rows: list[_Row | None] = [None] * min(settings.rollout_rows, len(queue))
         self.num_steps = 0
+        self.graphs: dict[int, _Graph] = {}  # by reach
         self.device = policy.head.device
         # One slot more than the context: what runs beyond it is written there and never read.
         self.cache = KVCache(policy.decoder.config, len(self.rows), settings.max_context_tokens + 1,
@@ -201,7 +206,7 @@ class _Engine:
         in_flight = [slot for slot, row in enumerate(self.rows) if row]
         if 4 * len(in_flight) <= 3 * len(self.rows):
             self.cache.keep(torch.tensor(in_flight, dtype=torch.long, device=self.device))
-            self.rows = [self.rows[slot] for slot in in_flight]
+            self.rows, self.graphs = [self.rows[slot] for slot in in_flight], {}  # a graph holds the old cache
         return bool(self.rows)
 
     def read(self, slots: list[int]) -> None:
@@ -230,24 +235,43 @@ class _Engine:
         positions = torch.tensor([row.cached if row else 0 for row in self.rows], device=self.device)
         stopped = torch.tensor([row is None for row in rows], device=self.device)
         noise = self.noise([row or _IDLE for row in rows], num_steps)
-        reach = min(max(row.cached for row in rows if row) + num_steps, self.cache.slots)
-        positions = positions.clamp(max=reach - 1)
-        tokens, logprobs = [], []
-        for step in range(num_steps):
-            hidden = self.policy.decoder.hidden(pending[:, None], cache=self.cache.step(positions, reach))  # [B, 1, D]
-            token, logprob = self.sample(hidden[:, 0], noise[:, step])
-            tokens, logprobs = [*tokens, token], [*logprobs, logprob]
-            stopped = stopped | self.may_end[token]
-            pending = torch.where(stopped, pending, token)
-            positions = torch.where(stopped, positions, positions + 1).clamp(max=reach - 1)
+        reach = max(row.cached for row in self.rows if row) + num_steps  # also of those that wait
+        results = self.steps(min(reach, self.cache.slots), pending, positions, stopped, noise)
         self.num_steps += num_steps
-        may_end = self.may_end[torch.stack(tokens, 1)].tolist()
-        tokens, logprobs = torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+        tokens, logprobs, may_end = (result.tolist() for result in results)
         for slot in slots:
             row = self.rows[slot]
             for token, logprob, stops in zip(tokens[slot], logprobs[slot], may_end[slot], strict=True):
                 if self.take(row, 1, token, logprob) or stops:
                     break
+
+    def steps(self, reach: int, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The steps of `write` on the device: (tokens, logprobs, may_end), [B, steps] each.
+
+        Where CUDA graphs are on, a graph is captured for each number of rows and (rounded) reach, and replayed.
+        """
+        if not (self.settings.cuda_graphs and self.device.type == "cuda"):
+            return self.run_steps(reach, *inputs)
+        reach = min(-(-reach // GRAPH_REACH) * GRAPH_REACH, self.cache.slots)
+        if reach not in self.graphs:
+            self.graphs[reach] = _Graph(partial(self.run_steps, reach), inputs)
+        return self.graphs[reach](*inputs)
+
+    def run_steps(
+        self, reach: int, pending: Tensor, positions: Tensor, stopped: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """pending, positions, stopped [B], noise [B, steps]; nothing here waits for the device."""
+        tokens, logprobs = [], []
+        for uniform in noise.unbind(1):
+            positions = positions.clamp(max=reach - 1)
+            hidden = self.policy.decoder.hidden(pending[:, None], cache=self.cache.step(positions, reach))  # [B, 1, D]
+            token, logprob = self.sample(hidden[:, 0], uniform)
+            tokens, logprobs = [*tokens, token], [*logprobs, logprob]
+            stopped = stopped | self.may_end[token]
+            pending = torch.where(stopped, pending, token)
+            positions = torch.where(stopped, positions, positions + 1)
+        tokens = torch.stack(tokens, 1)
+        return tokens, torch.stack(logprobs, 1), self.may_end[tokens]
 
     def noise(self, rows: Sequence[_Row], num_steps: int) -> Tensor:
         """[B, steps]"""
@@ -272,7 +296,7 @@ class _Engine:
     def ask(self, rows: list[_Row]) -> None:
         """Start one search for all that wait; the others go on writing meanwhile."""
         results = self.searcher.submit(_search, self.retriever, [row.query for row in rows], self.settings.top_k)
-        self.search = _Search(rows, results, self.num_steps + SEARCH_STEPS)
+        self.search = _Search(rows, results, self.num_steps + SEARCH_STEPS.get(self.device.type, 1))
 
     def observe(self) -> None:
         """Show what was found; a search that keeps failing ends its episodes with status search_error."""
@@ -290,6 +314,27 @@ class _Engine:
 
 
 _IDLE = _Row(None, 0, [0])  # stands for a row that does not write
+
+
+class _Graph:
+    """What a function of tensors launches on a GPU, recorded once and launched again at one go."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            function(*self.inputs)  # libraries allocate what they need
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.outputs
 
 
 def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> str | None:

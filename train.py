@@ -101,6 +101,7 @@ class TrainSettings(RolloutSettings):
     weight_decay: float = setting(0.01, "AdamW")
     grad_clip: float = setting(1.0, "largest norm of a gradient")
     micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it when memory runs out")
+    checkpointing: bool = setting(False, "compute activations again in backward: less memory, a third more time")
     eval_every: int = setting(50, "steps between validations; 0: never")
     save_every: int = setting(50, "steps between saved states; 0: only the result")
     max_minutes: float = setting(0.0, "end after this time, as if the steps were done; 0: never")
@@ -482,6 +483,7 @@ def main(argv: list[str]) -> None:
 
     run.prepare_folder()
     student = load_policy(settings.student, device, "student")
+    student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
     teacher = None
     if settings.phase == "kd" or (settings.phase == "dgpo" and settings.kl_where != "none"):
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
