@@ -158,6 +158,8 @@ class Bench:
         self.name, self.options, self.device = name, options, options.device
         in_16_bit = name in ("decode", "rollout", "growth") or (self.device == "cuda" and name != "encoder")
         self.dtype = torch.bfloat16 if in_16_bit else torch.float32
+        gc.collect()
+        gc.freeze()  # the libraries: looking through them before each call would take longer than many a call
         self.read, self.gemm = rates(self.device, self.dtype, options.quick)
         self.about = about(options) | {"dtype": str(self.dtype).split(".")[1], "read": self.read, "gemm": self.gemm}
         self.rows: dict[tuple[str, str], dict] = {}
@@ -377,7 +379,8 @@ def random_ids(count: int, length: int) -> Tokens:
     return [random.Random(seed).choices(range(500), k=length) for seed in range(count)]
 
 
-def play(decoder: Decoder, prompts: Tokens, lengths: Tokens, observation: list[int], rows: int) -> Tokens:
+def play(decoder: Decoder, prompts: Tokens, lengths: Tokens, observation: list[int], rows: int, *,
+         cuda_graphs: bool = False) -> Tokens:
     """The tokens of each agent, from our engine; turns last lengths[episode][turn] in place of what it would decide."""
 
     def end_of_turn(row: Any, tokenizer: Any, settings: RolloutSettings) -> str | None:
@@ -388,7 +391,8 @@ def play(decoder: Decoder, prompts: Tokens, lengths: Tokens, observation: list[i
 
     longest = max(map(len, prompts)) + max(map(sum, lengths)) + len(lengths[0]) * len(observation)
     settings = RolloutSettings(max_turns=len(lengths[0]) - 1, max_new_tokens=longest, max_obs_tokens=longest,
-                               max_context_tokens=longest + 2, temperature=0.0, prompt="row", rollout_rows=rows)
+                               max_context_tokens=longest + 2, temperature=0.0, prompt="row", rollout_rows=rows,
+                               cuda_graphs=cuda_graphs)
     tokenizer = SimpleNamespace(size=decoder.config.vocab_size, eos_id=-1, pad_id=0, containing=lambda _: frozenset(),
                                 decode=lambda ids: "", encode=lambda text: list(observation),
                                 chat=lambda messages: list(messages[0]["content"]))
@@ -487,8 +491,8 @@ def load_engine(name: str, shape: str, o: argparse.Namespace, dtype: torch.dtype
         model = import_module("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(o.device)
         options = {"cache_implementation": "static"} if "static" in name else {}
         return partial(by_turns, partial(transformers_turn, model, options))
-    engine = partial(play, load_decoder(folder, dtype=dtype, device=o.device))
-    return engine if name == "ours" else lambda prompts, lengths, observation, rows: by_turns(
+    engine = partial(play, load_decoder(folder, dtype=dtype, device=o.device), cuda_graphs="graphs" in name)
+    return engine if "re-reading" not in name else lambda prompts, lengths, observation, rows: by_turns(
         lambda contexts, wanted: engine(contexts, [[n] for n in wanted], [], rows), prompts, lengths, observation,
         len(prompts))
 
@@ -560,15 +564,16 @@ def compare_rollouts(bench: Bench, shape: str, episodes: int, engines: Iterable[
 
 
 def bench_decode(bench: Bench) -> None:
-    third = "transformers, static cache" if bench.device == "cuda" else "llama.cpp, F16"
+    here = ("ours, CUDA graphs", "transformers, static cache") if bench.device == "cuda" else ("llama.cpp, F16",)
     for shape in bench.options.shapes:
         for batch in bench.options.batch:
-            compare_decoding(bench, shape, batch, bench.options.context, ("ours", "transformers", third))
+            compare_decoding(bench, shape, batch, bench.options.context, ("ours", "transformers", *here))
 
 
 def bench_rollout(bench: Bench) -> None:
     for shape in bench.options.shapes:
-        compare_rollouts(bench, shape, bench.options.episodes, ("ours", "ours, re-reading", "transformers"))
+        compare_rollouts(bench, shape, bench.options.episodes, ("ours", "ours, re-reading", "transformers") + (
+            ("ours, CUDA graphs",) if bench.device == "cuda" else ()))
 
 
 def bench_growth(bench: Bench) -> None:
