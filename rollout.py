@@ -48,6 +48,7 @@ from retriever import Passage, Retriever
 SEARCH_TRIES = 3
 # Tokens that the other rows write before the results of a search are looked at; on a CPU both want the same cores.
 SEARCH_STEPS = {"cpu": 1, "cuda": 8}
+MAX_PREFILL_TOKENS = 16384  # at once: what the MLP holds of them is what takes memory
 GRAPH_REACH = 256  # slots; a graph reads a multiple of them
 DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that a row writes before the host looks: on a GPU each look costs a wait
 
@@ -211,6 +212,8 @@ class _Engine:
 
     def read(self, slots: list[int]) -> None:
         """Run the pending tokens of these rows, packed, and sample the token that follows each row's."""
+        fit = np.cumsum([len(self.rows[slot].pending) for slot in slots]) <= MAX_PREFILL_TOKENS
+        slots = slots[: max(1, fit.sum())]  # the others read next time
         active = [self.rows[slot] for slot in slots]
         lengths = [len(row.pending) for row in active]
         hidden = self.policy.decoder.hidden(

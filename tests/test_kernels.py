@@ -150,7 +150,7 @@ def test_compiled_tiles_equal_eager_ones_and_a_ragged_tile_is_not_compiled_again
         gradient = [torch.randn(6, generator=generator) for _ in range(5)]
         for function, rest in ((kernels.merge, sums), (kernels.logits_gradient, gradient)):
             with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-                compiled = function.compiled(logits, at, 0.7, *rest)
+                compiled = function.compiled()(logits, at, 0.7, *rest)
             torch.testing.assert_close(compiled, function(logits, at, 0.7, *rest), atol=FP32, rtol=FP32)
 
 

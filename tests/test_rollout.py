@@ -545,9 +545,10 @@ def one_row_at_a_time(policy, retriever, question, settings) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("decode_steps", [1, 7])  # 7: the host looks late, as on a GPU
-def test_greedy_episodes_equal_those_of_a_plain_loop(world, monkeypatch, decode_steps):
+@pytest.mark.parametrize(("decode_steps", "prefill_tokens"), [(1, 10**6), (7, 60)])  # 7: as on a GPU, the host is late
+def test_greedy_episodes_equal_those_of_a_plain_loop(world, monkeypatch, decode_steps, prefill_tokens):
     monkeypatch.setattr(rollout, "DECODE_STEPS", {"cpu": decode_steps})
+    monkeypatch.setattr(rollout, "MAX_PREFILL_TOKENS", prefill_tokens)
     policy, retriever, questions, settings = world
     episodes = rollout.generate(*world[:3], settings, seed=0)
     assert sum(e.num_searches for e in episodes) >= len(questions)
