@@ -28,7 +28,7 @@ SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in
 
 def fused(function: Callable) -> Callable:
     """The function: compiled for tensors on a GPU, as it stands elsewhere. Dynamic: a ragged last tile is not new."""
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))  # loads the compiler: not before it is due
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))  # loads the compiler: not before due
 
     @functools.wraps(function)
     def call(first: Tensor, *rest):
