@@ -61,16 +61,14 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 DIVERGENCES = ("forward", "reverse", "skew", "skew_reverse", "jsd", "taid")
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "forward", mix: float = 0.1) -> Tensor:
-    """How far the student's distribution p is from the teacher's q, nats: [N, V], [N, V] -> [N].
+def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward", mix: float = 0.1) -> Tensor:
+    """How far the student's distribution p is from the teacher's q, nats: log-probabilities [N, V], [N, V] -> [N].
 
     forward       KL(q || p), Eq. 1's second term        reverse       KL(p || q) (GKD, MiniLLM)
     skew          KL(q || mix q + (1 - mix) p)           skew_reverse  KL(p || mix p + (1 - mix) q)  (DistiLLM)
     jsd           mix KL(q || m) + (1 - mix) KL(p || m), m = mix q + (1 - mix) p  (GKD)
-    taid          KL(r || p), r from the logits (1 - mix) student + mix teacher, without gradient  (TAID, t = mix)
+    taid          KL(r || p), r ~ p^(1 - mix) q^mix without gradient: interpolated logits  (TAID, t = mix)
     """
-    log_p = student_logits.float().log_softmax(-1)  # [N, V] fp32 from here
-    log_q = teacher_logits.float().log_softmax(-1)
     if kind == "forward":
         return kl(log_q, log_p)
     if kind == "reverse":
@@ -83,7 +81,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "f
         log_m = log_mixture(log_q, log_p, mix)
         return mix * kl(log_q, log_m) + (1 - mix) * kl(log_p, log_m)
     if kind == "taid":
-        return kl(torch.lerp(student_logits.detach().float(), teacher_logits.float(), mix).log_softmax(-1), log_p)
+        return kl(torch.lerp(log_p.detach(), log_q, mix).log_softmax(-1), log_p)
     raise ValueError(f"divergence: got kind={kind!r}, expected one of {', '.join(DIVERGENCES)}")
 
 
@@ -118,8 +116,10 @@ def kd_loss(
             f"kd_loss: got teacher logits {tuple(teacher_logits.shape)}, expected "
             f"{tuple(student_logits.shape)}; cut both heads to the tokenizer's entries first"
         )
-    ce = torch.nn.functional.cross_entropy(student_logits.float(), targets, reduction="none")  # [N]
-    distance = divergence(student_logits, teacher_logits, kind=kind, mix=mix)  # [N], Eq. 1 second term
+    log_student = student_logits.float().log_softmax(-1)  # [N, V] fp32 from here
+    log_teacher = teacher_logits.float().log_softmax(-1)
+    ce = -log_student.gather(-1, targets[:, None]).squeeze(-1)  # [N]
+    distance = divergence(log_student, log_teacher, kind=kind, mix=mix)  # [N], Eq. 1 second term
     return ce_weight * ce + kl_weight * distance, distance.detach()
 
 
