@@ -41,7 +41,7 @@ from episode import (
     parse_action,
     prompt_segment,
 )
-from kernels import sample
+from kernels import blocked, in_blocks, sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
 from retriever import Passage, Retriever
 
@@ -140,6 +140,7 @@ def generate(
     episodes = [Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt)]) for q in questions]
     rows = [_Row(e, first_episode + i, list(e.segments[0].ids)) for i, e in enumerate(episodes)]
     with (
+        in_blocks(policy.decoder),
         ThreadPoolExecutor(1) as searcher,
         tqdm(total=len(rows), desc=progress, disable=not progress, leave=False, mininterval=1) as bar,
     ):
@@ -164,6 +165,7 @@ class _Engine:
         self.graphs: dict[int, _Graph] = {}  # by reach
         self.device = policy.head.device
         # One slot more than the context: what runs beyond it is written there and never read.
+        self.head = blocked(policy.head)
         self.cache = KVCache(policy.decoder.config, len(self.rows), settings.max_context_tokens + 1,
                              dtype=policy.head.dtype, device=self.device)
         self.decode_steps = DECODE_STEPS.get(self.device.type, 1)
@@ -283,7 +285,7 @@ class _Engine:
         return torch.from_numpy(uniforms(self.seed, indices, counts)).to(self.device)
 
     def sample(self, hidden: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return sample(hidden, self.policy.head, noise, temperature=self.settings.temperature, top_p=self.settings.top_p)
+        return sample(hidden, self.head, noise, temperature=self.settings.temperature, top_p=self.settings.top_p)
 
     def take(self, row: _Row, num_read: int, token: int, logprob: float) -> bool:
         """Record a token sampled after num_read more; whether that ended the turn."""
@@ -390,6 +392,8 @@ def _search(retriever: Retriever, queries: list[str], top_k: int) -> list[list[P
 @dataclass
 class AskSettings(RolloutSettings):
     model: str = setting("runs/dgpo", "checkpoint that answers")
+    dtype: str = setting("float32", "bfloat16: half the memory, and faster where the processor multiplies in it",
+                         choices=("float32", "bfloat16"))
     corpus: str = setting("", "passages, JSONL")
     encoder: str = setting("", "checkpoint of the passage encoder")
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
@@ -403,8 +407,8 @@ def ask(words: list[str], argv: list[str]) -> None:
         sys.exit('rollout.py: got no question; expected: python rollout.py ask "who wrote ..." --model DIR')
     settings = config.load(AskSettings, argv, prog="rollout.py ask", description="Watch one episode.",
                            default_config=Path(__file__).parent / "configs" / "world.toml",
-                           shared={f.name for f in fields(AskSettings)} - {"seed", "temperature"})
-    policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
+                           shared={f.name for f in fields(AskSettings)} - {"seed", "temperature", "dtype"})
+    policy = Policy(load_decoder(settings.model, dtype=getattr(torch, settings.dtype)), Tokenizer.load(settings.model))
     retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
     question = Question("asked", " ".join(words), (), "asked")
     [episode] = generate(policy, retriever, [question], settings, seed=settings.seed)

@@ -203,3 +203,31 @@ def test_tokens_that_are_not_allowed_are_never_sampled_even_at_the_ends():
         tokens, _ = kernels.sample(hidden, weight, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64),
                                    temperature=temperature, allowed=allowed)
         assert set(tokens.tolist()) <= {5, 9}
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bf16 products on this machine",
+)
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_weights_in_blocks_are_as_near_to_float64_as_the_plain_product_and_leave_the_module_as_it_was(rows):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 200), torch.nn.SiLU(), torch.nn.Linear(200, 33, bias=False))
+    x, module = torch.randn(rows, 64).bfloat16(), module.bfloat16()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    with torch.no_grad():
+        plain = module(x)
+        with kernels.in_blocks(module):
+            assert kernels.blocked(module[0].weight).is_mkldnn
+            blocked = module(x)
+            assert "forward" in vars(module[0])
+        assert torch.equal(module(x), plain) and "forward" not in vars(module[0])
+        assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+        exact = module.double()(x.double())
+    assert_no_worse_than_naive([blocked.double()], [plain.double()], [exact], torch.bfloat16)
+
+
+def test_weights_in_blocks_are_for_bf16_alone():
+    layer = torch.nn.Linear(4, 3)
+    with kernels.in_blocks(layer):
+        assert kernels.blocked(layer.weight) is layer.weight and "forward" not in vars(layer)

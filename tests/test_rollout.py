@@ -59,13 +59,14 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-class ScriptedDecoder:
+class ScriptedDecoder(torch.nn.Module):
     """Writes a fixed text for each question, turn by turn: its "hidden state" is one-hot over the vocabulary.
 
     It finds its place by what it reads back from the cache, so it also checks which ids the engine feeds it.
     """
 
     def __init__(self, tokenizer: Tokenizer, scripts: dict[str, list[int]]):
+        super().__init__()
         self.tokenizer, self.scripts = tokenizer, scripts
         self.head_weight = 100.0 * torch.eye(tokenizer.size + 3)  # a head padded beyond the tokenizer
         self.config = new_decoder(tiny_config(tokenizer.size), seed=0).config
