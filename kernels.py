@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Logits that exist at once. A tile that stays in the CPU's cache is faster than one that does not; a GPU needs large
-# GEMMs. A tile of rows reads both heads whole, so it must not be thin: 220 rows of Qwen2.5's vocabulary on a CPU.
+# GEMMs. A tile of rows reads both heads whole, so it must not be thin: 110 rows of Qwen2.5's vocabulary on a CPU.
 MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
-MAX_ROWS_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+MAX_ROWS_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
 
 
