@@ -12,7 +12,7 @@ FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo reproduce-main world clean
+.PHONY: help setup test faults lint demo reproduce-main world clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ $(STAMP): requirements.txt requirements-dev.txt
 
 test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
 	$(PY) -m pytest $(ARGS)
+
+faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (about ten minutes)
+	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" tests/test_faults.py tests/test_hostile.py $(ARGS)
 
 lint: $(STAMP)    ## check style with ruff
 	$(PY) -m ruff check .

@@ -1,88 +1,183 @@
 """State: what a run needs to continue after an interruption, as safetensors and JSON; no pickle is read or written.
 
-    <run_dir>/state/step_000040/{tensors.safetensors, meta.json}
+    <run_dir>/state/step_000040/actor.safetensors, actor_adam.safetensors, ..., meta.json
 
-A state is written aside, then renamed, so a half-written one is never picked. The order of the data and the
-sampling noise are functions of (seed, step), so the step number stands for both.
+    meta.json   step, score (of that step's validation, if there was one), num_processes, and a SHA-256 for each file
+
+A state is written aside, flushed to the disk, then renamed: one that is half written is never picked, and one that
+was damaged later is noticed and passed over for the one before. The order of the data, the learning rate and the
+sampling noise are functions of (seed, step), so the step number stands for all of them, on every process. Tensors are
+whole, whatever the number of processes: any number of them can continue.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-NUM_KEPT = 2
+from parallel import full, share
+from weights import write_aside
+
+NUM_KEPT = 2  # the newest ones; the one with the best validation score is kept besides
+Modules, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
 
 
-def save_state(
-    run_dir: Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> None:
-    """Write the state after `step` steps and drop all but the last NUM_KEPT."""
-    tensors: dict[str, Tensor] = {}
+def tensors_of(modules: Modules, optimizers: Optimizers) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(file's name, tensors by name), not gathered."""
     for name, module in modules.items():
         # Names of parameters, not of the state dict: a tied head is one parameter under two names there.
-        tensors |= {f"{name}/{key}": p.detach().contiguous() for key, p in module.named_parameters()}
+        yield name, dict(module.named_parameters())
     for name, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}/{index}/{key}": value.contiguous() for key, value in state.items()}
-    folder = run_dir / "state" / f"step_{step:06d}"
+        states = optimizer.state_dict()["state"].items()
+        yield name, {f"{index}/{key}": value for index, state in states for key, value in state.items()}
+
+
+def save_state(run_dir: Path, modules: Modules, optimizers: Optimizers, meta: dict, *, writes: bool = True) -> None:
+    """Write the state after meta["step"] steps, and drop those that are not kept.
+
+    Every process calls it, one of them writes; there it raises OSError when it cannot, with nothing left behind and the
+    older states untouched.
+    """
+    folder = run_dir / "state" / f"step_{meta['step']:06d}"
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "tensors.safetensors")
-    (partial / "meta.json").write_text(json.dumps({"step": step}))
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in states(run_dir)[:-NUM_KEPT]:
+    digests: dict[str, str] = {}
+    problem: OSError | None = None
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+    for name, tensors in tensors_of(modules, optimizers):  # a file at a time, so that one is all that is gathered
+        gathered = {key: full(tensor).contiguous() for key, tensor in tensors.items()}
+        if not writes or problem:
+            continue  # the others still wait for this process to gather
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            save_file(gathered, partial / f"{name}.safetensors")
+            digests[f"{name}.safetensors"] = digest(partial / f"{name}.safetensors")
+        except (OSError, SafetensorError) as error:
+            problem = OSError(f"{partial / name}.safetensors: {error}")
+    if not writes:
+        return
+    try:
+        if problem:
+            raise problem
+        (partial / "meta.json").write_text(json.dumps(meta | {"files": digests}, indent=1) + "\n")
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        flush(folder.parent)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in not_kept(states(run_dir)):
         shutil.rmtree(old)
 
 
+def flush(path: Path) -> None:
+    """To the disk: a power cut does not lose it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def states(run_dir: Path) -> list[Path]:
-    """Whole states of a run, oldest first."""
+    """States of a run that were written to the end, oldest first."""
     return sorted(p for p in (run_dir / "state").glob("step_*") if p.suffix != ".partial")
 
 
-def load_state(
-    run_dir: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Load the newest state into modules and optimizers, in place; returns the number of steps done."""
-    if not (found := states(run_dir)):
-        raise FileNotFoundError(f"--resume: got no state in {run_dir / 'state'}; start the run without --resume")
-    path = found[-1] / "tensors.safetensors"
+def not_kept(found: list[Path]) -> list[Path]:
+    scores = {folder: score for folder in found if (score := read_meta(folder).get("score")) is not None}
+    best = max(scores, key=lambda folder: (scores[folder], folder.name), default=None)
+    return [folder for folder in found[:-NUM_KEPT] if folder != best]
+
+
+def read_meta(folder: Path) -> dict:
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete {found[-1]} to use the one before") from error
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a state; empty: nothing."""
+    meta = read_meta(folder)
+    if not isinstance(meta.get("files"), dict) or not isinstance(meta.get("step"), int):
+        return f"{folder / 'meta.json'}: got no step and files, expected them"
+    for name, expected in meta["files"].items():
+        try:
+            got = digest(folder / name)
+        except OSError as error:
+            return f"{folder / name}: got {error.strerror}, expected the file"
+        if got != expected:
+            return f"{folder / name}: got SHA-256 {got[:12]}..., expected {expected[:12]}..."
+    return ""
+
+
+def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest state without damage, and what was found wrong with newer ones."""
+    problems = []
+    for folder in reversed(states(run_dir)):
+        if not (problem := damage(folder)):
+            return folder, problems
+        problems.append(problem)
+    return None, problems
+
+
+def load_state(folder: Path, modules: Modules, optimizers: Optimizers) -> dict:
+    """Load a state into modules and optimizers, in place; returns its meta."""
     for name, module in modules.items():
-        for key, parameter in module.named_parameters():
-            saved = tensors.get(f"{name}/{key}")
-            if saved is None or saved.shape != parameter.shape:
-                got = "nothing" if saved is None else tuple(saved.shape)
-                raise ValueError(
-                    f"{path}: {name}/{key}: got {got}, expected {tuple(parameter.shape)}; the state belongs to "
-                    "another model: give the settings of the run that wrote it"
-                )
-            parameter.data.copy_(saved)
+        path = folder / f"{name}.safetensors"
+        with open_state(path) as file:
+            saved = set(file.keys())
+            for key, parameter in module.named_parameters():
+                got = tuple(file.get_slice(key).get_shape()) if key in saved else "nothing"
+                if got != tuple(parameter.shape):
+                    raise ValueError(f"{path}: {key}: got {got}, expected {tuple(parameter.shape)}; the state belongs "
+                                     "to another model: give the settings of the run that wrote it")
+                parameter.data.copy_(share(file.get_tensor(key), parameter))
     for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            owner, *rest = key.split("/")
-            if owner == name:
-                state.setdefault(int(rest[0]), {})[rest[1]] = value
+        with open_state(folder / f"{name}.safetensors") as file:
+            for key in file.keys():
+                index, what = key.split("/")
+                state.setdefault(int(index), {})[what] = share(file.get_tensor(key), parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((found[-1] / "meta.json").read_text())["step"]
+    return read_meta(folder)
+
+
+def open_state(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); the state belongs to another phase: give the settings of "
+                         "the run that wrote it, or another --run-dir") from error
 
 
 def cut_lines(path: Path, steps_done: int) -> None:
-    """Drop the JSON lines of steps that the resumed run will do again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= steps_done]
-        path.write_text("".join(line + "\n" for line in lines))
+    """Drop the JSON lines of steps that the resumed run will do again, and a last line that is not whole."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] > steps_done:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    write_aside(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))

@@ -144,7 +144,9 @@ class Packed(NamedTuple):
 
 
 def pack(batch: Batch, rows: Sequence[int], lengths: Sequence[int]) -> Packed:
-    """These rows of a batch; lengths: batch.lengths()."""
+    """These rows of a batch; lengths: batch.lengths(). Of no rows: one token that nothing is learnt from."""
+    if not rows:
+        return Packed(batch.ids.new_zeros(1, 1), batch.response_mask.new_zeros(1, 1), [1])
     documents = [lengths[i] for i in rows]
     ids, mask = (
         torch.cat([tensor[i, :n] for i, n in zip(rows, documents, strict=True)])[None]
@@ -154,12 +156,13 @@ def pack(batch: Batch, rows: Sequence[int], lengths: Sequence[int]) -> Packed:
 
 
 def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None = None) -> Batch:
-    """Episodes as right-padded tensors. The mask comes from the segments, never from ids != pad.
+    """Episodes as right-padded tensors. The mask comes from the segments, never from ids != pad; it is empty where a
+    search failed: nothing is to be learnt from the retriever's faults.
 
     end_of_turn: append this token after an agent's last segment and train on it (distillation: a student that
     never learns to stop generates to the limit wherever no tag stops it).
     """
-    rows = [(episode.ids, episode.response_mask) for episode in episodes]
+    rows = [(e.ids, [here and e.status != "search_error" for here in e.response_mask]) for e in episodes]
     if end_of_turn is not None:
         rows = [
             (ids + [end_of_turn], mask + [True]) if mask and mask[-1] and ids[-1] != end_of_turn else (ids, mask)

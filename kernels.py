@@ -176,7 +176,7 @@ class _HeadDivergence(torch.autograd.Function):
             elif wants_weight:
                 grad_weight += grad.T @ hidden[rows]
         ctx.grads = [grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)]
-        reports = torch.cat(reports)
+        reports = torch.cat(reports) if reports else torch.zeros(0, device=hidden.device)  # no rows
         ctx.mark_non_differentiable(reports)
         return total, reports
 

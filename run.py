@@ -1,4 +1,4 @@
-"""A run: its folder, its log, its progress bar, and when its state is saved.
+"""A run: its folder, its log, its progress bar, when its state is saved, and how it ends early.
 
     <run_dir>/run.json            resolved settings, commit, versions
     <run_dir>/metrics.jsonl       a line for each step: numbers that depend on the computation alone
@@ -13,31 +13,34 @@ Only rank 0 writes. Every process calls every method: some of them wait for the 
 import json
 import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import config
-from checkpoint import cut_lines, load_state, save_state
+from checkpoint import cut_lines, flush, load_state, newest_state, save_state
 from episode import Episode, episode_text
 from model import Tokenizer, save_decoder
+from parallel import barrier, full, sum_over_processes
 from rollout import Policy
+from weights import read_json
+
+MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minutes"}  # without changing a number
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MAX_SKIPPED_STEPS = 5  # optimizer steps in a row that are left out before the run gives up
 
 
-def sum_over_processes(*values: Tensor) -> list[float]:
-    """Each value summed over the processes, as floats; fp64."""
-    total = torch.stack([value.detach().double().cpu() for value in values])
-    if dist.is_initialized():
-        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-    return total.tolist()
+class Stop(Exception):
+    """The run cannot go on; the text says why and what to do."""
 
 
 class RunSettings(Protocol):
@@ -50,6 +53,10 @@ class RunSettings(Protocol):
     save_every: int
     eval_every: int
     max_minutes: float
+    shard: str
+    micro_batch_tokens: int
+    rollout_rows: int
+    max_context_tokens: int
 
 
 class Run:
@@ -62,6 +69,9 @@ class Run:
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.steps_done, self.num_steps, self.bar = 0, 0, None
+        self.score: float | None = None  # of the last step's validation
+        self.num_skipped = 0  # optimizer steps left out since the last one that was done
+        self.signal = 0  # that asked this process to stop
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -79,36 +89,56 @@ class Run:
             shutil.rmtree(self.dir / "state", ignore_errors=True)
         if self.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
+            before = read_json(self.dir / "run.json", {}).get("settings", {}) if settings.resume else {}
+            for name, value in json.loads(json.dumps(asdict(settings))).items():
+                if name in before.keys() - MAY_DIFFER and value != before[name]:
+                    self.say(f"--{name.replace('_', '-')}: was {before[name]!r}, continues with {value!r}")
             config.save(settings, self.dir / "run.json")
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
 
     def start(self, num_steps: int, modules: dict, optimizers: dict) -> int:
         """The first step to do: 0, or where the saved state ends."""
         self.modules, self.optimizers, self.num_steps = modules, optimizers, num_steps
         if self.settings.resume:
-            self.steps_done = load_state(self.dir, modules, optimizers)
-            if self.rank == 0:
-                for name in ("metrics.jsonl", "perf.jsonl"):
-                    cut_lines(self.dir / name, self.steps_done)
-            self.say(f"resumed {self.dir} after step {self.steps_done}")
+            self.resume()
         self.bar = tqdm(total=num_steps, initial=self.steps_done, desc=self.settings.phase, disable=self.rank != 0,
                         mininterval=1.0)
         self.step_started = time.perf_counter()
         return self.steps_done
 
+    def resume(self) -> None:
+        """Load the newest state that is whole; without any, the run starts from the beginning."""
+        folder, problems = newest_state(self.dir) if self.rank == 0 else (None, [])
+        for problem in problems:
+            self.say(f"{problem}; passed over for the state before it")
+        [step] = sum_over_processes(torch.tensor(-1 if folder is None else int(folder.name.split("_")[1]))
+                                    if self.rank == 0 else torch.tensor(0))  # rank 0 has looked
+        if step >= 0:
+            meta = load_state(self.dir / "state" / f"step_{int(step):06d}", self.modules, self.optimizers)
+            self.steps_done = meta["step"]
+            if meta["num_processes"] != self.num_processes:
+                self.say(f"saved by {meta['num_processes']} processes, continued by {self.num_processes}: sums are "
+                         "taken in another order from here on, so the numbers agree to rounding, not bit for bit")
+        if self.rank == 0:
+            for name in ("metrics.jsonl", "perf.jsonl"):
+                cut_lines(self.dir / name, self.steps_done)
+        self.say(f"resumed {self.dir} after step {self.steps_done}" if step >= 0 else
+                 f"--resume: no state in {self.dir / 'state'}; starts from the beginning")
+
     def log(self, step: int, metrics: dict[str, float], *, num_tokens: float, **perf: float) -> None:
         """metrics.jsonl: what depends on the computation alone; perf.jsonl: times and memory."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
-        self.steps_done = step
+        self.steps_done, self.score = step, metrics.get("eval/score")
         every = self.settings.save_every
         if self.rank == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
             gpu = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
             perf = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds, **perf,
                     "peak_memory_gib": peak, "peak_gpu_gib": gpu}
-            for name, row in (("metrics.jsonl", {"step": step, **metrics}), ("perf.jsonl", perf)):
+            # JSON has no NaN: what is not finite is null
+            finite = {key: value if abs(value) < float("inf") else None for key, value in metrics.items()}
+            for name, row in (("metrics.jsonl", {"step": step, **finite}), ("perf.jsonl", perf)):
                 with (self.dir / name).open("a") as file:
                     file.write(json.dumps(row) + "\n")
             shown = {"rollout/score": "score", "eval/score": "val", "loss/kd": "loss", "loss/entropy": "entropy",
@@ -116,8 +146,20 @@ class Run:
             text = {short: f"{metrics[key]:.3f}" for key, short in shown.items() if key in metrics}
             self.bar.set_postfix(text | {"tok/s": f"{num_tokens / seconds:.0f}"}, refresh=False)
             self.bar.update()
-            if every and step % every == 0 and step < self.num_steps:
-                save_state(self.dir, step, self.modules, self.optimizers)
+        if every and step % every == 0 and step < self.num_steps:
+            try:
+                self.save()
+            except OSError as error:
+                self.say(f"the state of step {step} was not saved: {error}; the run goes on, older states are kept; "
+                         "make room on the disk")
+
+    def save(self) -> None:
+        """Write the state, lines of the log first: a state never knows more steps than they do."""
+        if self.rank == 0 and self.steps_done:
+            for name in ("metrics.jsonl", "perf.jsonl"):
+                flush(self.dir / name)
+        meta = {"step": self.steps_done, "score": self.score, "num_processes": self.num_processes}
+        save_state(self.dir, self.modules, self.optimizers, meta, writes=self.rank == 0)
 
     def write_samples(self, step: int, episodes: Sequence[Episode], tokenizer: Tokenizer, num: int = 3) -> None:
         every = self.settings.eval_every
@@ -126,16 +168,79 @@ class Run:
             text = "\n\n".join(episode_text(e, tokenizer) for e in episodes[:num])
             (self.dir / "samples" / f"step_{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
 
-    def out_of_time(self) -> bool:
-        """Whether rank 0's clock says that max_minutes are over."""
+    # ---- ends that were not planned ----
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within, SIGTERM and SIGINT (Ctrl-C) let the step end first; a second one does not wait."""
+
+        def ask(number: int, _) -> None:
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+            name = signal.Signals(number).name
+            print(f"\n{name}: the run ends after this step (once more: at once)", file=sys.stderr)
+
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check_norms(self, *norms: float) -> int:
+        """How many of a step's optimizer steps were left out, because their gradients were not finite; too many in a
+        row end the run."""
+        skipped = [not abs(norm) < float("inf") for norm in norms]
+        for was_skipped in skipped:
+            self.num_skipped = self.num_skipped + 1 if was_skipped else 0
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
+            raise Stop(f"the last {self.num_skipped} optimizer steps had gradients that are not finite and were left "
+                       f"out; the last good state is in {self.dir / 'state'}; lower the learning rate or --grad-clip, "
+                       "then --resume")
+        return sum(skipped)
+
+    def is_over(self) -> bool:
+        """Whether rank 0's clock says that max_minutes are over; on a signal to any process, save and exit."""
         over = 0 < self.settings.max_minutes * 60 <= time.perf_counter() - self.started
-        return sum_over_processes(torch.tensor(float(over and self.rank == 0)))[0] > 0
+        over, *asked = sum_over_processes(
+            *(torch.tensor(float(x)) for x in (over and self.rank == 0, *(self.signal == n for n in SIGNALS))))
+        for number, count in zip(SIGNALS, asked, strict=True):
+            if count:
+                if self.optimizers:
+                    self.save()
+                if self.bar:
+                    self.bar.close()
+                self.say(f"stopped after step {self.steps_done}; the same command with --resume continues")
+                sys.exit(128 + number)  # as a shell reports it
+        return over > 0
 
     def finish(self, policy: Policy) -> None:
         self.bar.close()
+        self.save()
+        state = {name: full(tensor) for name, tensor in policy.decoder.state_dict().items()}
         if self.rank == 0:
-            save_state(self.dir, self.steps_done, self.modules, self.optimizers)
-            save_decoder(policy.decoder, policy.tokenizer, self.dir)
+            save_decoder(policy.decoder, policy.tokenizer, self.dir, state=state)
         self.say(f"wrote {self.dir} after {self.steps_done} steps, {time.perf_counter() - self.started:.0f} s")
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
+
+    def memory(self) -> str:
+        """What memory went to, and the settings that change it, largest first."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        s, decoder = self.settings, self.modules.get("actor", self.modules.get("student"))
+        weights = sum(p.nbytes for module in self.modules.values() for p in module.parameters())
+        adam = sum(value.nbytes for optimizer in self.optimizers.values() for state in optimizer.state.values()
+                   for value in state.values())
+        parts = [(2 * weights + adam, "weights, gradients and Adam", f"--shard (now {s.shard}) over more processes"),
+                 (max(0, peak - 2 * weights - adam), "the rest of the peak, activations above all",
+                  f"--micro-batch-tokens (now {s.micro_batch_tokens}), or --checkpointing")]
+        if decoder is not None:
+            c = decoder.config
+            slots = 2 * c.num_layers * c.num_kv_heads * c.head_dim * s.max_context_tokens * s.rollout_rows
+            parts.append((slots * decoder.head_weight.element_size(), "keys and values of a rollout",
+                          f"--rollout-rows (now {s.rollout_rows}) or --max-context-tokens ({s.max_context_tokens})"))
+        lines = [f"  {size / 2**30:8.2f} GiB {what}: {knob}" for size, what, knob in sorted(parts, reverse=True)]
+        return f"out of memory at a peak of {peak / 2**30:.2f} GiB. Change first what is largest:\n" + "\n".join(lines)

@@ -20,20 +20,19 @@ Departures from the official code, with reasons
 Legend: B episodes, T tokens, V vocabulary, D width, N response tokens.
 """
 
+import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from config import setting
@@ -42,9 +41,11 @@ from dgpo import gae, kd_loss, kl_rewards, masked_sum, moments, policy_loss, val
 from episode import STATUSES, Batch, Episode, Packed, collate, load_episodes, pack, save_episodes
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
+from parallel import barrier, in_step, shard, start_processes, sum_over_processes, update, whole
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
-from run import Run, sum_over_processes
+from run import Run, Stop
+from weights import write_aside
 
 PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
@@ -57,7 +58,7 @@ MAX_FIRST_LOG_RATIO = 1e-4
 class TrainSettings(RolloutSettings):
     phase: str = setting("kd", "what to run", choices=PHASES)
     run_dir: str = setting("", "where the run writes; empty: runs/<phase>")
-    resume: bool = setting(False, "continue the run in run_dir from its newest state")
+    resume: bool = setting(False, "continue the run in run_dir from its newest state, or start it where there is none")
     overwrite: bool = setting(False, "start again in a run_dir that already holds a run")
     seed: int = setting(0, "order of the data and sampling noise")
     device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
@@ -105,44 +106,9 @@ class TrainSettings(RolloutSettings):
     eval_every: int = setting(50, "steps between validations; 0: never")
     save_every: int = setting(50, "steps between saved states; 0: only the result")
     max_minutes: float = setting(0.0, "end after this time, as if the steps were done; 0: never")
-
-
-# ---- processes ----
-
-
-def start_processes(settings: TrainSettings) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device) under torchrun, or (0, 1, device) without it."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1, torch.device(device)
-    # torchrun ends the job when a process dies, so a long wait is another process that works (teacher episodes).
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=24))
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
-
-
-def update(
-    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, lr: float, grad_clip: float
-) -> float:
-    """Sum the gradients over the processes, clip, step; returns the norm before clipping."""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    if dist.is_initialized():
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        parts = flat.split([g.numel() for g in grads])
-        grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    shard: str = setting("none", "split weights, gradients and Adam over the processes: of student and critic, or of "
+                         "the teacher, too", choices=("none", "student", "all"))
+    timeout_minutes: float = setting(60.0, "a process that waits longer for another one ends the job")
 
 
 # ---- batches ----
@@ -213,11 +179,11 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
         share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
         batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id).to(run.device)
         lengths = batch.lengths()
-        num_tokens = batch.response_mask.sum()
-        [global_tokens] = sum_over_processes(num_tokens)
+        [global_tokens] = sum_over_processes(batch.response_mask.sum())
+        global_tokens = max(1, global_tokens)
         # 2. loss and gradients
         loss_sum = kl_sum = torch.zeros((), device=run.device)
-        for group in micro_batches(lengths, settings.micro_batch_tokens):
+        for group in in_step(micro_batches(lengths, settings.micro_batch_tokens)):
             loss, kl = distil_loss(student, teacher, pack(batch, group, lengths), settings)
             (loss / global_tokens).backward()
             loss_sum, kl_sum = loss_sum + loss.detach(), kl_sum + kl
@@ -228,13 +194,14 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
         grad_norm = update(parameters, optimizer, lr, settings.grad_clip)
         # 4. log, validate, save
         loss, kl = (total / global_tokens for total in sum_over_processes(loss_sum, kl_sum))
-        metrics = {"loss/kd": loss, "loss/kl_teacher_student": kl, "loss/grad_norm": grad_norm, "loss/lr": lr}
+        metrics = {"loss/kd": loss, "loss/kl_teacher_student": kl, "loss/grad_norm": grad_norm, "loss/lr": lr,
+                   "loss/skipped": run.check_norms(grad_norm)}
         metrics |= validate(step + 1, num_steps)
         run.log(step + 1, metrics, num_tokens=global_tokens)
         if 0 < settings.until_score <= metrics.get("eval/score", -1):
             run.say(f"sampled validation score {metrics['eval/score']:.3f} reached {settings.until_score}")
             break
-        if run.out_of_time():
+        if run.is_over():
             break
     run.finish(student)
 
@@ -250,12 +217,12 @@ def score_tokens(
     old_logprobs, values = torch.zeros(2, *batch.ids.shape, device=batch.ids.device)
     guide_logprobs = torch.full_like(values, torch.nan)
     mask, lengths = batch.response_mask, batch.lengths()
-    for group in micro_batches(lengths, settings.micro_batch_tokens):
+    for group in in_step(micro_batches(lengths, settings.micro_batch_tokens)):
         packed = pack(batch, group, lengths)
         old_logprobs[group] = spread(token_logprobs(actor, packed)[0], mask[group])
         values[group] = spread(critic.values(packed.ids, packed.documents)[packed.response_mask], mask[group])
     rows = [i for i, is_guided in enumerate(guided) if is_guided and guide is not None]
-    for group in micro_batches([lengths[i] for i in rows], settings.micro_batch_tokens):
+    for group in in_step(micro_batches([lengths[i] for i in rows], settings.micro_batch_tokens)):
         group = [rows[i] for i in group]
         guide_logprobs[group] = spread(token_logprobs(guide, pack(batch, group, lengths))[0], mask[group])
     return old_logprobs, values, guide_logprobs
@@ -286,8 +253,10 @@ def reinforce(
         offset = len(chosen) * run.rank // run.num_processes
         share = chosen[offset : len(chosen) * (run.rank + 1) // run.num_processes]
         started = time.perf_counter()
-        episodes = generate(actor, retriever, share, settings, seed=settings.seed,
-                            first_episode=step * settings.prompts_per_step + offset)
+        with whole(actor.decoder):
+            episodes = generate(actor, retriever, share, settings, seed=settings.seed,
+                                first_episode=step * settings.prompts_per_step + offset)
+        check_searches(episodes)
         rollout_s = time.perf_counter() - started
         # 2. score: Eq. 3, and the teacher's log-probabilities where Eq. 4 needs them
         batch = collate(episodes, pad_id=actor.tokenizer.pad_id).to(run.device)
@@ -306,7 +275,7 @@ def reinforce(
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
         sums: dict[str, float] = {}
-        first_gap = actor_norm = 0.0
+        norms, first_gap, actor_norm = [], 0.0, 0.0
         lengths = batch.lengths()
         num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
         for epoch in range(settings.ppo_epochs):
@@ -315,7 +284,7 @@ def reinforce(
                 part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(share)]
                 [num_tokens] = sum_over_processes(mask[part].sum())
                 is_first = epoch == 0 and k == 0
-                for group in micro_batches([lengths[i] for i in part], settings.micro_batch_tokens):
+                for group in in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens)):
                     group = [part[i] for i in group]
                     packed = pack(batch, group, lengths)
                     # Response tokens alone from here: [N], all of them under the mask.
@@ -332,33 +301,46 @@ def reinforce(
                     loss = policy_loss(logprobs, old_lp, adv, here, clip_eps=settings.clip_eps, entropy=entropy,
                                        entropy_weight=settings.entropy_weight)
                     if is_first and len(logprobs):
-                        gap = (logprobs - old_lp).abs().max().item()
-                        assert gap <= MAX_FIRST_LOG_RATIO, f"log ratio {gap} before the first update of step {step}"
-                        first_gap = max(first_gap, gap)
+                        first_gap = max(first_gap, (logprobs.detach() - old_lp).abs().max().item())
+                        if first_gap > MAX_FIRST_LOG_RATIO:
+                            raise Stop(f"log ratio {first_gap} before the first update of step {step + 1}, expected at "
+                                       f"most {MAX_FIRST_LOG_RATIO}: training and scoring compute different things")
                     (loss.loss / max(1, num_tokens)).backward()
                     add(sums, policy_loss=loss.loss, clip_frac=loss.clip_frac, approx_kl=loss.approx_kl,
                         entropy=entropy.detach().sum())
                 critic_norm = update(critic_parameters, critic_adam, settings.critic_lr
                                      * min(1, (step + 1) / max(1, settings.critic_warmup_steps)), settings.grad_clip)
+                norms.append(critic_norm)
                 if step >= settings.critic_only_steps:
                     actor_step = step - settings.critic_only_steps + 1
                     actor_norm = update(actor_parameters, actor_adam, settings.actor_lr
                                         * min(1, actor_step / max(1, settings.actor_warmup_steps)), settings.grad_clip)
+                    norms.append(actor_norm)
         update_s = time.perf_counter() - started
         # 5. log, validate, save
         metrics = rollout_metrics(episodes, scores, old_logprobs, guide_logprobs, returns, old_values, mask)
         names = ["value_loss", "value_clip", "policy_loss", "clip_frac", "approx_kl", "entropy", "tokens"]
         *totals, tokens = sum_over_processes(*(torch.tensor(sums.get(name, 0.0)) for name in names))
         metrics |= {f"loss/{n}": total / max(1, tokens) for n, total in zip(names, totals, strict=False)}
-        metrics |= {"loss/actor_grad_norm": actor_norm, "loss/critic_grad_norm": critic_norm}
+        metrics |= {"loss/actor_grad_norm": actor_norm, "loss/critic_grad_norm": critic_norm,
+                    "loss/skipped": run.check_norms(*norms)}
         metrics["loss/first_log_ratio"] = first_gap  # of this process
         metrics |= validate(step + 1, settings.steps)
         run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
                 rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         run.write_samples(step + 1, episodes, actor.tokenizer)
-        if run.out_of_time():
+        if run.is_over():
             break
     run.finish(actor)
+
+
+def check_searches(episodes: list[Episode]) -> None:
+    """Episodes whose search failed are left out (episode.collate); when they are most of a step, the run ends."""
+    failed, total = sum_over_processes(torch.tensor(sum(e.status == "search_error" for e in episodes)),
+                                       torch.tensor(len(episodes)))
+    if 2 * failed > total:
+        raise Stop(f"the retriever failed in {failed:.0f} of {total:.0f} episodes of a step, see above why; mend it, "
+                   "then --resume")
 
 
 def add(sums: dict[str, float], **values: Tensor) -> None:
@@ -371,7 +353,8 @@ def rollout_metrics(
     returns: Tensor, values: Tensor, mask: Tensor,
 ) -> dict[str, float]:
     """What a rollout batch was like, over all processes."""
-    sampled = torch.tensor([lp for e in episodes for s in e.segments for lp in s.logprobs], device=mask.device)
+    learnt = [segment for e in episodes if e.status != "search_error" for segment in e.segments]
+    sampled = torch.tensor([lp for segment in learnt for lp in segment.logprobs], device=mask.device)
     scored = mask & ~guide_logprobs.isnan()
     counts = torch.tensor([[e.status == s for s in STATUSES] for e in episodes]).sum(0)
     n, score, searches, tokens, gap, kl, kl_count, *by_status = sum_over_processes(
@@ -426,35 +409,41 @@ def split_questions(settings: TrainSettings) -> tuple[list[Question], list[Quest
 def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: list[Question]) -> None:
     """Phase episodes: one sampled episode for each question; the correct ones go to settings.episodes.
 
-    Each process writes finished parts beside the file, so an interrupted run goes on where it stopped.
+    Each process writes finished parts beside the file, so an interrupted run goes on where it stopped. The parts are
+    named after all that they depend on: other settings, or another teacher, do not take them for their own.
     """
     settings, path = run.settings, Path(run.settings.episodes)
     questions = questions[: settings.num_episode_questions or None]
     part_size = 1024
-    parts = [path.with_name(f"{path.name}.part{k:05d}") for k in range(math.ceil(len(questions) / part_size))]
-    for k, part in enumerate(parts):
-        if k % run.num_processes != run.rank or part.exists():
-            continue
-        episodes = generate(teacher, retriever, questions[k * part_size : (k + 1) * part_size], settings,
-                            seed=settings.seed, first_episode=k * part_size,
-                            progress=f"teacher episodes {k + 1}/{len(parts)}")
-        save_episodes(part, episodes, teacher.tokenizer)
-    if dist.is_initialized():
-        dist.barrier()
+    weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(teacher.tokenizer.folder.iterdir())]
+    asked = [asdict(question) for question in questions]
+    rules = {f.name: getattr(settings, f.name) for f in fields(RolloutSettings)} | {"seed": settings.seed}
+    rules |= {"corpus": settings.corpus, "encoder": settings.encoder, "teacher_dtype": settings.teacher_dtype}
+    name = hashlib.sha256(json.dumps([weights, asked, rules]).encode()).hexdigest()[:8]
+    parts = [path.with_name(f"{path.name}.{name}.part{k:05d}") for k in range(math.ceil(len(questions) / part_size))]
+    with whole(teacher.decoder):
+        for first in range(0, len(parts), run.num_processes):  # a part for each process, then they meet
+            k = first + run.rank
+            if k < len(parts) and not parts[k].exists():
+                episodes = generate(teacher, retriever, questions[k * part_size : (k + 1) * part_size], settings,
+                                    seed=settings.seed, first_episode=k * part_size,
+                                    progress=f"teacher episodes {k + 1}/{len(parts)}")
+                check = [e for e in episodes if e.status == "search_error"]
+                if 2 * len(check) > len(episodes):
+                    raise Stop(f"the retriever failed in {len(check)} of {len(episodes)} episodes, see above why")
+                save_episodes(parts[k], episodes, teacher.tokenizer)
+            run.is_over()
     if run.rank == 0:
         lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
         correct = [line for line in lines if json.loads(line)["score"] == 1]
         if not correct:
             raise ValueError(f"{path}: got 0 correct episodes of {len(lines)} from the teacher, expected some; read "
                              f"{parts[0]}, and check --prompt, --corpus and the teacher itself")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(correct), encoding="utf-8")
-        os.replace(partial, path)
+        write_aside(path, lambda partial: partial.write_text("".join(correct), encoding="utf-8"))
         for part in parts:
             part.unlink()
         run.say(f"{path}: {len(correct)} correct episodes of {len(lines)}")
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
 
 
 def main(argv: list[str]) -> None:
@@ -462,9 +451,24 @@ def main(argv: list[str]) -> None:
                            default_config=DEFAULT_CONFIG)
     settings = replace(settings, run_dir=settings.run_dir or f"runs/{settings.phase}",
                        kl_where=settings.kl_where or {"ppo": "all"}.get(settings.phase, "wrong"))
-    rank, num_processes, device = start_processes(settings)
+    run = Run(settings, *start_processes(settings.device, settings.timeout_minutes))
+    try:
+        with run.signals():
+            train(run)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise Stop(f"{run.memory()}\n({error})") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # of a CPU
+            raise Stop(f"{run.memory()}\n({error})") from error
+        if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            raise Stop(f"rank {run.rank} of {run.num_processes}: another process ended, or did not answer within "
+                       f"{settings.timeout_minutes} minutes; read what it said, then --resume\n({error})") from error
+        raise
+
+
+def train(run: Run) -> None:
+    settings, rank, num_processes, device = run.settings, run.rank, run.num_processes, run.device
     torch.manual_seed(settings.seed)
-    run = Run(settings, rank, num_processes, device)
     teacher_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.teacher_dtype]
     needs_search = settings.phase != "sft" or settings.eval_every > 0
     retriever, questions, val_questions = None, [], []
@@ -494,8 +498,9 @@ def main(argv: list[str]) -> None:
         if not (settings.eval_every and (step % settings.eval_every == 0 or step == num_steps)):
             return {}
         at, end = (len(val_questions) * (rank + k) // num_processes for k in (0, 1))
-        episodes = generate(student, retriever, val_questions[at:end], settings, seed=settings.seed + 1,
-                            first_episode=at)
+        with whole(student.decoder):
+            episodes = generate(student, retriever, val_questions[at:end], settings, seed=settings.seed + 1,
+                                first_episode=at)
         score, n = sum_over_processes(torch.tensor(sum(e.score for e in episodes)), torch.tensor(len(episodes)))
         return {"eval/score": score / max(1, n)}
 
@@ -503,20 +508,31 @@ def main(argv: list[str]) -> None:
         if settings.phase == "kd" and not Path(settings.episodes).exists():
             write_episodes(run, teacher, retriever, questions)
         episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
+        if settings.shard != "none":
+            shard(student.decoder)
+        if settings.shard == "all" and teacher:
+            shard(teacher.decoder)
         distil(run, student, teacher, episodes, validate)
     else:
         critic = Critic.from_decoder(student.decoder)
         guide = teacher
         if settings.phase == "ppo" and settings.kl_where != "none":
             guide = frozen(load_policy(settings.student, device, "student"))  # Eq. 5: the initial policy
+        if settings.shard != "none":
+            shard(student.decoder)
+            shard(critic)
+        if settings.shard == "all" and guide:
+            shard(guide.decoder)
         reinforce(run, student, critic, guide, retriever, questions, validate)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, Stop) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped at once; --resume continues from the last state")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

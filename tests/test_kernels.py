@@ -96,6 +96,11 @@ def test_an_empty_selection_and_a_frozen_head_are_fine():
     logprobs, entropy = kernels.head_logprobs(hidden[:0], weight.requires_grad_(), torch.zeros(0, dtype=torch.long))
     (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.shape == (0,) and not weight.grad.any()
+    none = hidden[:0].clone().requires_grad_()
+    total, reports = kernels.head_divergence(dgpo.kd_loss, none, weight, none.detach(), weight.detach(),
+                                             torch.zeros(0, dtype=torch.long))
+    total.backward()
+    assert total == 0 and reports.shape == (0,) and none.grad.shape == (0, 16) and not weight.grad.any()
     hidden.requires_grad_()
     kernels.head_logprobs(hidden, weight.detach(), torch.arange(4))[0].sum().backward()
     assert hidden.grad.abs().max() > 0
