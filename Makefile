@@ -35,7 +35,8 @@ test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
 	$(PY) -m pytest $(ARGS)
 
 faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (about ten minutes)
-	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" tests/test_faults.py tests/test_hostile.py $(ARGS)
+	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" tests/test_faults.py tests/test_hostile.py \
+	  tests/test_parallel.py $(ARGS)
 
 lint: $(STAMP)    ## check style with ruff
 	$(PY) -m ruff check .

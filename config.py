@@ -104,8 +104,8 @@ def _layers(path: Path, fields: dict, program: str, phase: str | None) -> list[t
     if not path.is_file():
         raise FileNotFoundError(f"--config: got {path}, expected a TOML file; give a path, or none")
     try:
-        document = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of TOML, or of UTF-8
         raise ValueError(f"{path}: not TOML: {error}") from None
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     top = {key: value for key, value in document.items() if key not in tables}

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor, nn
 
+import weights
 from tokenizer import text_tokenizer
-from weights import check, file_in, fill, open_tensors, randomize, read_json, resolve, save_tensors, shards, write_aside
+from weights import blaming, check, file_in, fill, randomize, read_json, resolve, save_tensors, write_aside
 
 
 class EncoderLayer(nn.Module):
@@ -101,16 +102,19 @@ def _bert_config(folder: Path) -> dict:
     check(where, "pooling_mode_mean_tokens", pooling.get("pooling_mode_mean_tokens", True), True)
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "max_position_embeddings"):
-        if key not in config:
-            raise ValueError(f"{where}: got no {key!r}, expected a full configuration; copy the published one")
-    return config
+        if type(config.get(key)) is not int or not 0 < config[key] < 2**24:
+            raise ValueError(f"{where}: got {key} {config.get(key)!r}, expected a size; copy the published file")
+    pad_id = config.get("pad_token_id") or 0
+    if type(pad_id) is not int or not 0 <= pad_id < config["vocab_size"]:
+        raise ValueError(f"{where}: got pad_token_id {pad_id!r}, expected a token; copy the published file")
+    return config | {"layer_norm_eps": float(config.get("layer_norm_eps", 1e-12))}
 
 
 def _bert_sizes(folder: Path) -> dict:
     """The configuration of a BERT whose config.json was overwritten by 1_Pooling/config.json in a flat copy."""
     shapes: dict[str | None, list[int]] = {}
-    for path in shards(folder):
-        with open_tensors(path) as file:
+    for path in weights.shards(folder):
+        with weights.open_tensors(path) as file:
             shapes |= {_bert_name(name): file.get_slice(name).get_shape() for name in file.keys()}
     vocab, width = shapes["embeddings.word_embeddings.weight"]
     # Shapes do not tell the head count: heads are 64 wide in published BERTs, but MiniLM and E5-small have 12 in 384.
@@ -128,15 +132,19 @@ def load_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32, device
                  query_prefix: str | None = None, passage_prefix: str | None = None, max_tokens: int = 256) -> Encoder:
     """Prefixes: those given, else those of config_sentence_transformers.json, else E5's where the name has "e5"."""
     folder = resolve(path)
-    config = _bert_config(folder)
+    config_file = folder / "config.json"
+    with blaming(config_file, "the configuration of a BERT-type encoder"):
+        config = _bert_config(folder)
     prompts = read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
     is_e5 = "e5" in f"{folder.resolve().name} {config.get('_name_or_path', '')}".lower()
     prefixes = {"query": query_prefix, "passage": passage_prefix}
     for kind in prefixes:
         if prefixes[kind] is None:
             prefixes[kind] = prompts.get(kind, f"{kind}: " if is_e5 else "")
-    with torch.device("meta"):
-        encoder = Encoder(config, text_tokenizer(file_in(folder, "tokenizer.json")), prefixes, max_tokens)
+    with blaming(folder / "tokenizer.json", "a tokenizer"):
+        tokenizer = text_tokenizer(file_in(folder, "tokenizer.json"))
+    with blaming(config_file, "the configuration of a BERT-type encoder"), torch.device("meta"):
+        encoder = Encoder(config, tokenizer, prefixes, max_tokens)
     fill(encoder, folder, _bert_name, dtype=dtype, device=device, twin={})
     return encoder.eval()
 

@@ -23,13 +23,14 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data import Question, build_messages, exact_match
+from data import Question, build_messages, exact_match, parse_object
 from model import Tokenizer
 from retriever import Passage
 
@@ -202,25 +203,27 @@ def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> lis
     question, or none when the question is empty (plain text, for pretraining).
     """
     episodes = []
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
+            row = parse_object(line, f"{path}:{number}")
             try:
-                row = json.loads(line)
-                question = Question(
-                    str(row["id"]), row["question"], tuple(row["golden_answers"]), row.get("source", "")
-                )
+                golds = tuple(gold for gold in row["golden_answers"] if isinstance(gold, str))
+                question = Question(str(row["id"]), row["question"], golds, row.get("source", ""))
                 segments = [
-                    Segment(s["author"], s["ids"] if "ids" in s else tokenizer.encode(s["text"]))
+                    Segment(s["author"], [index(i) for i in s["ids"]] if "ids" in s else tokenizer.encode(s["text"]))
                     for s in row["segments"]
                 ]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if not isinstance(question.question, str) or not isinstance(row.get("answer"), str | None):
+                    raise TypeError(f"question {question.question!r}, answer {row.get('answer')!r}")
+            except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number}: got {type(error).__name__}: {error}; expected an episode with id, "
                     "question, golden_answers and segments [{author, text or ids}]"
                 ) from error
-            if (unknown := {s.author for s in segments} - {"prompt", "agent", "environment"}):
+            unknown = [s.author for s in segments if s.author not in ("prompt", "agent", "environment")]
+            if unknown:
                 raise ValueError(f"{path}:{number}: got author {unknown}, expected prompt, agent or environment")
-            if max((i for s in segments for i in s.ids), default=0) >= tokenizer.size:
+            if not all(0 <= i < tokenizer.size for s in segments for i in s.ids):
                 raise ValueError(
                     f"{path}:{number}: got a token id beyond the tokenizer's {tokenizer.size} entries; the file "
                     "was written with another tokenizer: drop its ids to encode the text again"

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder, load_encoder, new_encoder, save_encoder
 from tokenizer import Tokenizer
-from weights import check, fill, randomize, read_json, resolve, save_tensors, write_aside
+from weights import blaming, check, fill, randomize, read_json, resolve, save_tensors, write_aside
 
 __all__ = [
     "Critic", "Decoder", "DecoderConfig", "Encoder", "KVCache", "Tokenizer", "load_decoder", "load_encoder",
@@ -78,7 +78,7 @@ class DecoderConfig:
                 vocab_size=public["vocab_size"], hidden_size=width, intermediate_size=public["intermediate_size"],
                 num_layers=public["num_hidden_layers"], num_heads=heads,
                 num_kv_heads=public.get("num_key_value_heads") or heads,
-                head_dim=public.get("head_dim") or width // heads, norm_eps=public.get("rms_norm_eps", 1e-6),
+                head_dim=public.get("head_dim") or width // heads, norm_eps=float(public.get("rms_norm_eps", 1e-6)),
                 qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias,
                 mlp_bias=bool(public.get("mlp_bias")), tied=bool(public.get("tie_word_embeddings")),
                 rope_theta=float(rope.get("rope_theta", public.get("rope_theta", 10000.0))),
@@ -87,6 +87,10 @@ class DecoderConfig:
             )
         except KeyError as error:
             raise ValueError(f"{where}: got no {error}, expected it; copy the published file") from None
+        sizes = (config.vocab_size, width, config.intermediate_size, config.num_layers)
+        if not all(type(size) is int and 0 < size < 2**24 for size in sizes) or config.num_layers > 1000:
+            raise ValueError(f"{where}: got vocab_size, hidden_size, intermediate_size, num_hidden_layers {sizes}, "
+                             "expected positive sizes; copy the published file")
         if config.num_heads % config.num_kv_heads or config.head_dim % 2:
             raise ValueError(f"{where}: got {heads} heads, {config.num_kv_heads} key/value heads, width "
                              f"{config.head_dim}, expected divisible heads and an even width; copy the published file")
@@ -338,8 +342,8 @@ class Critic(nn.Module):
 def load_decoder(path: str | Path, *, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> Decoder:
     folder = resolve(path)
-    config = DecoderConfig.read(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
+    with blaming(folder / "config.json", "the configuration of a decoder"), torch.device("meta"):
+        config = DecoderConfig.read(read_json(folder / "config.json"), str(folder / "config.json"))
         decoder = Decoder(config)
     fill(decoder, folder, lambda name: None if name.endswith("rotary_emb.inv_freq") else name, dtype=dtype,
           device=device, twin={"lm_head.weight": "model.embed_tokens.weight"} if config.tied else {})

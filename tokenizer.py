@@ -14,7 +14,7 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 
-from weights import file_in, read_json, resolve
+from weights import blaming, file_in, read_json, resolve
 
 
 def text_tokenizer(path: Path) -> RawTokenizer:
@@ -27,6 +27,7 @@ def text_tokenizer(path: Path) -> RawTokenizer:
         token["special"] = token["special"] or not token["content"].isspace()  # runs of spaces are ordinary text
     tokenizer = RawTokenizer.from_str(json.dumps(spec))
     tokenizer.encode_special_tokens = True
+    tokenizer.encode("a \ue000")  # a file whose parts do not fit together panics at its first text: let it do so here
     return tokenizer
 
 
@@ -41,11 +42,23 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.full = RawTokenizer.from_file(str(file_in(folder, "tokenizer.json")))
-        self.text = text_tokenizer(folder / "tokenizer.json")
+        with blaming(file_in(folder, "tokenizer.json"), "a tokenizer"):
+            self._read_vocabulary(folder / "tokenizer.json")
+        with blaming(folder / "tokenizer_config.json", "the settings of a tokenizer"):
+            self._read_settings(folder, read_json(folder / "tokenizer_config.json", {}))
+
+    def _read_vocabulary(self, path: Path) -> None:
+        self.full = RawTokenizer.from_file(str(path))
+        self.text = text_tokenizer(path)
         self.full.no_truncation()
         self.full.no_padding()
-        settings = read_json(folder / "tokenizer_config.json", {})
+        self.size = max(self.full.get_vocab(with_added_tokens=True).values()) + 1
+        unknown = json.loads(self.full.to_str())["model"].get("unk_token")
+        added = self.full.get_added_tokens_decoder()
+        self.control_ids = frozenset(i for i, token in added.items() if token.special and token.content != unknown)
+        self._containing: dict[str, frozenset[int]] = {}
+
+    def _read_settings(self, folder: Path, settings: dict) -> None:
         self.template = settings.get("chat_template")
         if isinstance(self.template, list):  # several, by name
             self.template = {entry["name"]: entry["template"] for entry in self.template}.get("default")
@@ -53,13 +66,10 @@ class Tokenizer:
             self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.names = {key: value["content"] if isinstance(value, dict) else value for key, value in settings.items()
                       if key in ("bos_token", "eos_token", "pad_token") and value}
-        self.size = max(self.full.get_vocab(with_added_tokens=True).values()) + 1
+        if not isinstance(self.template, str | None):
+            raise ValueError(f"got a chat_template of type {type(self.template).__name__}, expected a text")
         self.eos_id = self._end_of_turn()
         self.pad_id = self._id(self.names["pad_token"]) if "pad_token" in self.names else self.eos_id
-        unknown = json.loads(self.full.to_str())["model"].get("unk_token")
-        added = self.full.get_added_tokens_decoder()
-        self.control_ids = frozenset(i for i, token in added.items() if token.special and token.content != unknown)
-        self._containing: dict[str, frozenset[int]] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -127,7 +137,7 @@ class Tokenizer:
         try:
             return self._compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
                                          documents=None, **self.names)
-        except TemplateError as error:
+        except Exception as error:  # a stranger's program may fail in any way
             raise ValueError(f"{self.folder}: chat template: got {type(error).__name__}: {error}, expected text; "
                              "check the roles of the messages, or replace the template") from error
 

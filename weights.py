@@ -6,7 +6,8 @@ A checkpoint fits its config.json exactly or is refused with file, tensor, got, 
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ def resolve(path: str | Path) -> Path:
                                 f"({type(error).__name__}: {error}); check the path") from error
 
 
+@contextmanager
+def blaming(path: Path, expected: str) -> Iterator[None]:
+    """Whatever goes wrong within is the fault of a file that a person handed in: an error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        if isinstance(error, ValueError) and str(path.parent) in str(error):
+            raise
+        raise ValueError(f"{path}: got {type(error).__name__}: {str(error)[:200]}; expected {expected}; copy it "
+                         "again") from error
+
+
 def file_in(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         found = sorted(entry.name for entry in folder.iterdir())
@@ -51,9 +68,12 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     if default is not None and not path.is_file():
         return default
     try:
-        return json.loads(file_in(path.parent, path.name).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        document = json.loads(file_in(path.parent, path.name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got broken JSON ({error}), expected an object; copy it again") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: got {str(document)[:40]!r}, expected a JSON object; copy it again")
+    return document
 
 
 def shards(folder: Path) -> list[Path]:

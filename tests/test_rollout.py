@@ -430,7 +430,7 @@ def test_hand_written_episodes_get_a_prompt_and_plain_text_gets_none(tokenizer, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "e.jsonl:1: got JSONDecodeError"),
+        ("{not json", "e.jsonl:1: got no valid JSON"),
         ('{"id": 1}', "e.jsonl:1: got KeyError"),
         (
             '{"id": 1, "question": "q", "golden_answers": [], "segments": [{"author": "me", "ids": [1]}]}',
