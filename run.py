@@ -11,6 +11,7 @@ Only rank 0 writes. Every process calls every method: some of them wait for the 
 """
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -96,8 +97,11 @@ class Run:
             config.save(settings, self.dir / "run.json")
         barrier()
 
-    def start(self, num_steps: int, modules: dict, optimizers: dict) -> int:
+    def start(self, num_steps: int, batch_size: int, modules: dict, optimizers: dict) -> int:
         """The first step to do: 0, or where the saved state ends."""
+        share = math.ceil(batch_size / self.num_processes)
+        self.say(f"{num_steps} steps; {batch_size} episodes an update: {share} for each of {self.num_processes} "
+                 f"processes, in as many passes of {self.settings.micro_batch_tokens} tokens as they fill (perf.jsonl)")
         self.modules, self.optimizers, self.num_steps = modules, optimizers, num_steps
         if self.settings.resume:
             self.resume()

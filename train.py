@@ -171,7 +171,7 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
     optimizer = torch.optim.AdamW(parameters, lr=settings.kd_lr, weight_decay=settings.weight_decay)
     per_epoch = math.ceil(len(episodes) / settings.batch_size)
     num_steps = max(1, round(per_epoch * settings.epochs))
-    first = run.start(num_steps, {"student": student.decoder}, {"student_adam": optimizer})
+    first = run.start(num_steps, settings.batch_size, {"student": student.decoder}, {"student_adam": optimizer})
     for step in range(first, num_steps):
         # 1. batch: this process's share of the step's episodes
         order = shuffled(len(episodes), settings.seed, step // per_epoch)
@@ -183,7 +183,8 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
         global_tokens = max(1, global_tokens)
         # 2. loss and gradients
         loss_sum = kl_sum = torch.zeros((), device=run.device)
-        for group in in_step(micro_batches(lengths, settings.micro_batch_tokens)):
+        groups = in_step(micro_batches(lengths, settings.micro_batch_tokens))
+        for group in groups:
             loss, kl = distil_loss(student, teacher, pack(batch, group, lengths), settings)
             (loss / global_tokens).backward()
             loss_sum, kl_sum = loss_sum + loss.detach(), kl_sum + kl
@@ -197,7 +198,7 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
         metrics = {"loss/kd": loss, "loss/kl_teacher_student": kl, "loss/grad_norm": grad_norm, "loss/lr": lr,
                    "loss/skipped": run.check_norms(grad_norm)}
         metrics |= validate(step + 1, num_steps)
-        run.log(step + 1, metrics, num_tokens=global_tokens)
+        run.log(step + 1, metrics, num_tokens=global_tokens, passes=len(groups))
         if 0 < settings.until_score <= metrics.get("eval/score", -1):
             run.say(f"sampled validation score {metrics['eval/score']:.3f} reached {settings.until_score}")
             break
@@ -242,7 +243,7 @@ def reinforce(
     actor_parameters, critic_parameters = list(actor.decoder.parameters()), list(critic.parameters())
     actor_adam = torch.optim.AdamW(actor_parameters, lr=settings.actor_lr, weight_decay=settings.weight_decay)
     critic_adam = torch.optim.AdamW(critic_parameters, lr=settings.critic_lr, weight_decay=settings.weight_decay)
-    first = run.start(settings.steps, {"actor": actor.decoder, "critic": critic},
+    first = run.start(settings.steps, settings.minibatch_size, {"actor": actor.decoder, "critic": critic},
                       {"actor_adam": actor_adam, "critic_adam": critic_adam})
     per_epoch = max(1, len(questions) // settings.prompts_per_step)
     for step in range(first, settings.steps):
@@ -275,7 +276,7 @@ def reinforce(
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
         sums: dict[str, float] = {}
-        norms, first_gap, actor_norm = [], 0.0, 0.0
+        norms, first_gap, actor_norm, passes = [], 0.0, 0.0, 0
         lengths = batch.lengths()
         num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
         for epoch in range(settings.ppo_epochs):
@@ -284,7 +285,9 @@ def reinforce(
                 part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(share)]
                 [num_tokens] = sum_over_processes(mask[part].sum())
                 is_first = epoch == 0 and k == 0
-                for group in in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens)):
+                groups = in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens))
+                passes += len(groups)
+                for group in groups:
                     group = [part[i] for i in group]
                     packed = pack(batch, group, lengths)
                     # Response tokens alone from here: [N], all of them under the mask.
@@ -327,7 +330,7 @@ def reinforce(
         metrics["loss/first_log_ratio"] = first_gap  # of this process
         metrics |= validate(step + 1, settings.steps)
         run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
-                rollout_s=rollout_s, score_s=score_s, update_s=update_s)
+                passes=passes, rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         run.write_samples(step + 1, episodes, actor.tokenizer)
         if run.is_over():
             break

@@ -56,17 +56,20 @@ def end(process: subprocess.Popen, code: int = 0) -> str:
     return output
 
 
-def kill_one(mini: Path, folder: Path, name: str, share: float, whole_s: float) -> str:
-    """Kill a run after a share of the time that a whole one takes, continue it; its metrics.jsonl."""
-    out = folder / f"killed at {share:.3f}"
+def kill_one(mini: Path, out: Path, name: str, step: int, wait_s: float) -> tuple[str, int]:
+    """Kill a run wait_s after it logged the step, continue it; its metrics.jsonl and the steps it had logged."""
     process = start(command(mini, out, name))
-    time.sleep(share * whole_s)
+    path = out / "metrics.jsonl"
+    while process.poll() is None and (path.read_text().count("\n") if path.exists() else 0) < step:
+        time.sleep(0.002)
+    time.sleep(wait_s)
     process.kill()
     process.communicate()
+    logged = path.read_text().count("\n") if path.exists() else 0
     end(start([*command(mini, out, name), "--resume"]))
     left = [*(out / "state").glob("*.partial")]
     assert not left, left
-    return (out / "metrics.jsonl").read_text()
+    return path.read_text(), logged
 
 
 @pytest.mark.faults
@@ -76,13 +79,18 @@ def test_a_run_killed_at_any_moment_and_resumed_has_the_metrics_of_an_uninterrup
     end(start(command(mini, tmp_path / "whole", name)))
     whole_s = time.monotonic() - started
     expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert expected.count("\n") >= 8
+    lines = (tmp_path / "whole" / "perf.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert len(seconds) >= 8
     draw = random.Random(name)
-    shares = [draw.uniform(0.3, 1.0) for _ in range(NUM_KILLS // len(FLAGS))]  # a third is what loading takes
-    with ThreadPoolExecutor(2) as pool:
-        killed = list(pool.map(lambda share: kill_one(mini, tmp_path, name, share, whole_s), shares))
-    assert [text == expected for text in killed] == [True] * len(shares)
-    print(f"{name}: {len(shares)} of {len(shares)} killed runs equal, killed at {[f'{s:.2f}' for s in shares]}")
+    moments = [(draw.randrange(len(seconds)), draw.random()) for _ in range(NUM_KILLS // len(FLAGS))]
+    with ThreadPoolExecutor(2) as pool:  # in a step, or, before the first, while the run starts
+        killed = list(pool.map(lambda m: kill_one(
+            mini, tmp_path / f"killed in {m[0]} at {m[1]:.3f}", name, m[0],
+            m[1] * (seconds[m[0]] if m[0] else whole_s - sum(seconds))), moments))  # fmt: skip
+    assert [text == expected for text, _ in killed] == [True] * len(moments)
+    print(f"{name}: {len(killed)} of {len(killed)} killed runs equal; they had done {[n for _, n in killed]} of "
+          f"{len(seconds)} steps")  # fmt: skip
 
 
 @pytest.mark.slow
