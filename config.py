@@ -4,8 +4,9 @@
 
 The fields of the dataclass are setting(default, help). Precedence, lowest first: its defaults;
 top-level keys of the preset; the preset's table named after the program ("[eval]" for eval.py); its
-table named after the phase, where the dataclass has a `phase`; flags. The phase itself is --phase,
-else the preset's top-level key, else the default. `--config none` reads no preset. An unknown or
+table named after the phase, where the dataclass has a `phase`; the same of a second preset
+(`--config models.toml method.toml`); flags. The phase itself is --phase, else the presets' top-level
+key, the last one's first, else the default. `--config none` reads no preset. An unknown or
 ill-typed key is an error that names the nearest match: a misspelt setting must never run as the
 default. Field types: int, float, str, bool, X | None (written "none"), tuple[X, ...].
 """
@@ -43,8 +44,8 @@ def load(cls: type[T], argv: list[str], *, prog: str, description: str,
     hints = get_type_hints(cls)
     parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", default=default_config,
-                        help=f"TOML preset, or none (default {default_config})")
+    parser.add_argument("--config", metavar="FILE", nargs="+", default=[default_config or "none"],
+                        help=f"TOML presets, the later ones first in precedence, or none (default {default_config})")
     for name, field in fields.items():
         choices = field.metadata["choices"]
         kind = "|".join(choices) if choices else hints[name].__name__ if hints[name] in (
@@ -61,11 +62,11 @@ def load(cls: type[T], argv: list[str], *, prog: str, description: str,
             raise ValueError(f"unknown argument: got {extra[0]!r}, expected a flag of {prog}{near}")
         flags = {name: _convert(value, hints[name], _flag(name)) for name, value in flags.items()}
         values = {}
-        if given.config is not None and str(given.config) != "none":
-            layers = _layers(Path(given.config), fields, Path(prog).stem, flags.get("phase"))
+        if [*map(str, given.config)] != ["none"]:
+            layers = _layers([*map(Path, given.config)], fields, Path(prog).stem, flags.get("phase"))
             for place, table in layers:
                 for key, value in table.items():
-                    if shared is not None and place == str(given.config) and key not in shared:
+                    if shared is not None and "[" not in place and key not in shared:
                         continue
                     if key in fields:
                         values[key] = _convert(value, hints[key], f"{place}: {key}", text=False)
@@ -99,24 +100,33 @@ def save(settings: Any, path: str | Path) -> None:
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _layers(path: Path, fields: dict, program: str, phase: str | None) -> list[tuple[str, dict]]:
-    """The tables of the preset that apply, each with where it stands, in order of precedence."""
+def _layers(paths: list[Path], fields: dict, program: str, phase: str | None) -> list[tuple[str, dict]]:
+    """The tables of the presets that apply, each with where it stands, in order of precedence."""
+    documents = {path: _read(path) for path in paths}
+    for path in reversed(paths):
+        phase = phase or documents[path].get("phase")
+    layers = []
+    for path, document in documents.items():
+        tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+        top = {key: value for key, value in document.items() if key not in tables}
+        names = [program]
+        if "phase" in fields:
+            names.append(phase or fields["phase"].default)
+            known = (program, "eval", *fields["phase"].metadata["choices"])
+            for table in set(tables) - set(known):
+                raise ValueError(f"{path}: got an unknown table [{table}], expected one of "
+                                 f"{', '.join(known)}{_nearest(table, known)}")
+        layers += [(str(path), top), *((f"{path}: [{name}]", tables.get(name, {})) for name in names)]
+    return layers
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--config: got {path}, expected a TOML file; give a path, or none")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of TOML, or of UTF-8
         raise ValueError(f"{path}: not TOML: {error}") from None
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    top = {key: value for key, value in document.items() if key not in tables}
-    names = [program]
-    if "phase" in fields:
-        names.append(phase or top.get("phase", fields["phase"].default))
-        known = (program, "eval", *fields["phase"].metadata["choices"])
-        for table in set(tables) - set(known):
-            raise ValueError(f"{path}: got an unknown table [{table}], expected one of "
-                             f"{', '.join(known)}{_nearest(table, known)}")
-    return [(str(path), top), *((f"{path}: [{name}]", tables.get(name, {})) for name in names)]
 
 
 def _convert(value: Any, hint: Any, where: str, *, text: bool = True) -> Any:
