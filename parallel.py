@@ -9,6 +9,7 @@ backward pass, which needs as many passes on every rank (`in_step`), and are gat
 No object is sent between processes: those travel as pickles.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,14 @@ def start_processes(device: str, timeout_minutes: float) -> tuple[int, int, torc
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def end_processes() -> None:
+    """Before the interpreter goes. Sharded modules hold on to the group in cycles: its threads, ended later, abort now
+    and then a program that has done its work."""
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def sum_over_processes(*values: Tensor) -> list[float]:

@@ -5,6 +5,7 @@
     <run_dir>/perf.jsonl          a line for each step: times, tokens per second, memory
     <run_dir>/samples/            episodes as text
     <run_dir>/state/              what --resume continues from
+    <run_dir>/generated/          what the student wrote for its replay buffer (distillm)
     <run_dir>/model.safetensors   the result, with config.json and the tokenizer's files
 
 Only rank 0 writes. Every process calls every method: some of them wait for the others.
@@ -37,7 +38,7 @@ from weights import read_json
 
 MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minutes"}  # without changing a number
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MAX_SKIPPED_STEPS = 5  # optimizer steps in a row that are left out before the run gives up
+MAX_SKIPPED = 5  # updates that are left out in steps that follow one another, before the run gives up
 
 
 class Stop(Exception):
@@ -71,8 +72,9 @@ class Run:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.steps_done, self.num_steps, self.bar = 0, 0, None
         self.score: float | None = None  # of the last step's validation
-        self.num_skipped = 0  # optimizer steps left out since the last one that was done
+        self.num_skipped = 0  # updates left out since the last step without one
         self.signal = 0  # that asked this process to stop
+        self.method: dict = {}  # numbers that a method keeps from step to step; in JSON, saved with the state
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -87,7 +89,8 @@ class Run:
                          "--overwrite to start again, or another --run-dir")
             for path in [self.dir / "metrics.jsonl", self.dir / "perf.jsonl"]:
                 path.unlink(missing_ok=True)
-            shutil.rmtree(self.dir / "state", ignore_errors=True)
+            for name in ("state", "generated"):
+                shutil.rmtree(self.dir / name, ignore_errors=True)
         if self.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
             before = read_json(self.dir / "run.json", {}).get("settings", {}) if settings.resume else {}
@@ -119,7 +122,7 @@ class Run:
                                     if self.rank == 0 else torch.tensor(0))  # rank 0 has looked
         if step >= 0:
             meta = load_state(self.dir / "state" / f"step_{int(step):06d}", self.modules, self.optimizers)
-            self.steps_done = meta["step"]
+            self.steps_done, self.method = meta["step"], meta.get("method", {})
             if meta["num_processes"] != self.num_processes:
                 self.say(f"saved by {meta['num_processes']} processes, continued by {self.num_processes}: sums are "
                          "taken in another order from here on, so the numbers agree to rounding, not bit for bit")
@@ -162,7 +165,8 @@ class Run:
         if self.rank == 0 and self.steps_done:
             for name in ("metrics.jsonl", "perf.jsonl"):
                 flush(self.dir / name)
-        meta = {"step": self.steps_done, "score": self.score, "num_processes": self.num_processes}
+        meta = {"step": self.steps_done, "score": self.score, "num_processes": self.num_processes,
+                "method": self.method}
         save_state(self.dir, self.modules, self.optimizers, meta, writes=self.rank == 0)
 
     def write_samples(self, step: int, episodes: Sequence[Episode], tokenizer: Tokenizer, num: int = 3) -> None:
@@ -193,16 +197,15 @@ class Run:
                 signal.signal(number, handler)
 
     def check_norms(self, *norms: float) -> int:
-        """How many of a step's optimizer steps were left out, because their gradients were not finite; too many in a
-        row end the run."""
-        skipped = [not abs(norm) < float("inf") for norm in norms]
-        for was_skipped in skipped:
-            self.num_skipped = self.num_skipped + 1 if was_skipped else 0
-        if self.num_skipped >= MAX_SKIPPED_STEPS:
-            raise Stop(f"the last {self.num_skipped} optimizer steps had gradients that are not finite and were left "
-                       f"out; the last good state is in {self.dir / 'state'}; lower the learning rate or --grad-clip, "
-                       "then --resume")
-        return sum(skipped)
+        """How many of a step's updates were left out, because their gradients were not finite; too many in steps that
+        follow one another end the run."""
+        skipped = sum(not abs(norm) < float("inf") for norm in norms)
+        self.num_skipped = self.num_skipped + skipped if skipped else 0
+        if self.num_skipped >= MAX_SKIPPED:
+            raise Stop(f"the last {self.num_skipped} updates had gradients that are not finite and were left out; the "
+                       f"last good state is in {self.dir / 'state'}; lower the learning rate or --grad-clip, then "
+                       "--resume")
+        return skipped
 
     def is_over(self) -> bool:
         """Whether rank 0's clock says that max_minutes are over; on a signal to any process, save and exit."""

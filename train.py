@@ -5,10 +5,14 @@
 
 Phases
     episodes  the teacher answers training questions; what it answers correctly is kept on disk
-    sft       cross-entropy alone, on episodes of any origin          -> distil
-    kd        Eq. 1 against the teacher's full distribution          -> distil
-    ppo       guide = the initial policy, on all episodes (Search-R1) -> reinforce
-    dgpo      guide = the teacher, on wrong episodes (Eq. 4)          -> reinforce
+    sft       cross-entropy alone, on episodes of any origin (SeqKD: the teacher's)    -> distil
+    kd        Eq. 1 against the teacher's full distribution                            -> distil
+    taid      KL to a target that moves from the student to the teacher                -> distil
+    gkd       reverse KL on what the student writes now                                -> distil
+    distillm  skew KL; what the student writes comes in as it is needed, and is kept   -> distil
+    ppo       guide = the initial policy, on all episodes (Search-R1)                  -> reinforce
+    grpo      the same with advantages within a question's group, no critic            -> reinforce
+    dgpo      guide = the teacher, on wrong episodes (Eq. 4)                           -> reinforce
 
 Departures from the official code, with reasons
  1. Losses are one mean over the mini-batch's response tokens, whatever the number of processes and
@@ -37,17 +41,34 @@ from torch import Tensor
 import config
 from config import setting
 from data import Question, load_questions
-from dgpo import gae, kd_loss, kl_rewards, masked_sum, moments, policy_loss, value_loss, whiten, wrong_episodes
+from dgpo import (
+    Taid,
+    distillm_author,
+    distillm_share,
+    gae,
+    group_advantages,
+    kd_loss,
+    kl_rewards,
+    masked_sum,
+    moments,
+    policy_loss,
+    taid_update,
+    value_loss,
+    whiten,
+    wrong_episodes,
+)
 from episode import STATUSES, Batch, Episode, Packed, collate, load_episodes, pack, save_episodes
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
-from parallel import barrier, in_step, shard, start_processes, sum_over_processes, update, whole
+from parallel import barrier, end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
 from run import Run, Stop
 from weights import write_aside
 
-PHASES = ("episodes", "sft", "kd", "ppo", "dgpo")
+DISTIL, REINFORCE = ("sft", "kd", "taid", "gkd", "distillm"), ("ppo", "grpo", "dgpo")
+PHASES = ("episodes", *DISTIL, *REINFORCE)
+DISTANCES = {"taid": "taid", "gkd": "reverse", "distillm": "skew"}  # from the teacher; of every other phase: forward
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
 # Before the first update the policy is the one that acted. Two layers stay below 1e-5 (a test); the largest gap seen in
 # 400 steps of the embedded world's models was 2.6e-5. The size is logged; a real mismatch stops the run.
@@ -77,11 +98,21 @@ class TrainSettings(RolloutSettings):
     batch_size: int = setting(64, "episodes per optimizer step")
     kd_lr: float = setting(1e-4, "peak learning rate of sft and kd, cosine to 0")
     kd_warmup_steps: int = setting(0, "linear warm-up of sft and kd")
-    ce_weight: float = setting(1.0, "weight of the cross-entropy in Eq. 1 (official code: 0)")
+    ce_weight: float = setting(1.0, "kd: weight of the cross-entropy in Eq. 1 (official code: 0)")
     kl_weight: float = setting(1.0, "lambda of Eq. 1")
+    distance: str = setting("", "from the teacher; empty: forward for kd, reverse for gkd, skew for distillm",
+                            choices=("", "forward", "reverse", "skew", "skew_reverse", "jsd"))
+    mix: float = setting(0.1, "share of the target in a skew divergence (Table 8), of the teacher in jsd")
+    student_share: float = setting(1.0, "gkd: share of batches that the student writes (its lambda)")
+    share_tolerance: float = setting(0.0, "distillm: rise of the held-out loss that lets the student write more")
+    buffer_size: int = setting(1000, "distillm: newest episodes of the student that batches are drawn from")
+    taid_start: float = setting(0.4, "taid: first t (Table 8)")
+    taid_end: float = setting(1.0, "taid: last t (Table 8)")
+    taid_alpha: float = setting(5e-4, "taid: size of an adaptive change of t (Table 8)")
+    taid_beta: float = setting(0.99, "taid: momentum of the loss's relative change (Table 8)")
     until_score: float = setting(0.0, "end kd once the sampled validation score reaches this; 0: never")
     # reinforce (paper Table 8; the rest from the official scripts)
-    steps: int = setting(1000, "rollout batches")
+    steps: int = setting(1000, "rollout batches; also the updates of gkd")
     prompts_per_step: int = setting(512, "episodes per rollout batch")
     minibatch_size: int = setting(256, "episodes per optimizer step")
     ppo_epochs: int = setting(1, "passes over a rollout batch")
@@ -93,6 +124,9 @@ class TrainSettings(RolloutSettings):
     beta: float = setting(0.001, "beta of Eq. 4")
     kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, all for ppo",
                             choices=("", "wrong", "all", "none"))
+    advantage: str = setting("", "gae: from a critic; group: GRPO; empty: group for grpo, gae for ppo and dgpo",
+                             choices=("", "gae", "group"))
+    group_size: int = setting(5, "group: episodes of one question")
     gamma: float = setting(1.0, "discount")
     gae_lambda: float = setting(1.0, "lambda of GAE")
     clip_eps: float = setting(0.2, "epsilon of Eq. 2")
@@ -147,9 +181,13 @@ def token_logprobs(policy: Policy, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def distil_loss(
-    student: Policy, teacher: Policy | None, packed: Packed, settings: TrainSettings
+    student: Policy, teacher: Policy | None, packed: Packed, *,
+    ce_weight: float = 1.0, kl_weight: float = 1.0, kind: str = "forward", mix: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1, summed over the response tokens: (loss [], KL(teacher || student) [], without gradient)."""
+    """Eq. 1, summed over the response tokens: (loss [], distance from the teacher [], without gradient).
+
+    kind, mix: dgpo.divergence; without a teacher the cross-entropy alone.
+    """
     targets = packed.ids[packed.response_mask]
     rows = response_rows(student.decoder, packed)  # [N, D]
     if teacher is None:
@@ -157,46 +195,84 @@ def distil_loss(
         return loss, torch.zeros_like(loss)
     with torch.no_grad():
         teacher_rows = response_rows(teacher.decoder, packed)  # [N, D of the teacher]
-    loss, kl = head_divergence(
+    loss, distance = head_divergence(
         kd_loss, rows, student.head, teacher_rows, teacher.head, targets,
-        ce_weight=settings.ce_weight, kl_weight=settings.kl_weight,
+        ce_weight=ce_weight, kl_weight=kl_weight, kind=kind, mix=mix,
     )
-    return loss, kl.sum()
+    return loss, distance.sum()
 
 
-def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Episode], validate) -> None:
-    """Supervised on episodes: sft (teacher None) and kd."""
-    settings = run.settings
+def distil(
+    run: Run, student: Policy, teacher: Policy | None, episodes: list[Episode],
+    retriever: Retriever | None, questions: list[Question], validate,
+) -> None:
+    """Supervised on episodes: the teacher's (sft, kd, taid), the student's own (gkd), or both (distillm)."""
+    settings, phase = run.settings, run.settings.phase
     parameters = list(student.decoder.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.kd_lr, weight_decay=settings.weight_decay)
+    held_out, episodes = split_held_out(episodes) if phase == "distillm" else ([], episodes)
     per_epoch = math.ceil(len(episodes) / settings.batch_size)
-    num_steps = max(1, round(per_epoch * settings.epochs))
+    num_steps = settings.steps if phase == "gkd" else max(1, round(per_epoch * settings.epochs))
+    run.method = {"taid": Taid(settings.taid_start), "share": 0.0, "reference": None}
     first = run.start(num_steps, settings.batch_size, {"student": student.decoder}, {"student_adam": optimizer})
+    buffer = read_generated(run, first, student.tokenizer) if phase == "distillm" else []
     for step in range(first, num_steps):
-        # 1. batch: this process's share of the step's episodes
-        order = shuffled(len(episodes), settings.seed, step // per_epoch)
-        at = step % per_epoch * settings.batch_size
-        share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
-        batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id).to(run.device)
+        progress, method = step / num_steps, run.method
+        distance = {"kl_weight": settings.kl_weight, "kind": settings.distance, "mix": settings.mix}
+        if phase == "taid":
+            distance["mix"] = method["taid"][0]
+        if phase == "distillm" and step % max(1, per_epoch // 2) == 0:
+            loss = mean_distance(run, student, teacher, held_out, distance)
+            method["share"], method["reference"] = distillm_share(
+                method["share"], loss, method["reference"], tolerance=settings.share_tolerance)
+        # 1. batch: this process's share of the step's episodes; one draw for all processes says who writes them
+        u, author = np.random.default_rng((settings.seed, step)).random(), "teacher"
+        if phase == "gkd" and u < settings.student_share:
+            author = "student"
+        elif phase == "distillm":
+            author = distillm_author(u, method["share"], progress=progress,
+                                     is_buffer_full=len(buffer) >= settings.buffer_size)
+        if author == "student":
+            share, _ = play(run, student, retriever, questions, step, settings.batch_size)
+            if phase == "distillm":
+                buffer = (buffer + write_generated(run, step, share, student.tokenizer))[-settings.buffer_size :]
+        else:
+            source = episodes if author == "teacher" else buffer
+            seeds = (step // per_epoch,) if author == "teacher" else (step, 1)
+            order = shuffled(len(source), settings.seed, *seeds)
+            at = step % per_epoch * settings.batch_size if author == "teacher" else 0
+            share = [source[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
+        # What a student wrote ends where it stopped writing, and is no target of a cross-entropy.
+        end_of_turn = student.tokenizer.eos_id if author == "teacher" else None
+        batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=end_of_turn).to(run.device)
         lengths = batch.lengths()
         [global_tokens] = sum_over_processes(batch.response_mask.sum())
         global_tokens = max(1, global_tokens)
         # 2. loss and gradients
-        loss_sum = kl_sum = torch.zeros((), device=run.device)
+        loss_sum = distance_sum = torch.zeros((), device=run.device)
         groups = in_step(micro_batches(lengths, settings.micro_batch_tokens))
+        ce_weight = settings.ce_weight if phase == "kd" else 0.0
         for group in groups:
-            loss, kl = distil_loss(student, teacher, pack(batch, group, lengths), settings)
+            loss, apart = distil_loss(student, teacher, pack(batch, group, lengths), ce_weight=ce_weight, **distance)
             (loss / global_tokens).backward()
-            loss_sum, kl_sum = loss_sum + loss.detach(), kl_sum + kl
+            loss_sum, distance_sum = loss_sum + loss.detach(), distance_sum + apart
         # 3. update
-        progress = step / num_steps
         lr = settings.kd_lr * 0.5 * (1 + math.cos(math.pi * progress))
         lr *= min(1.0, (step + 1) / max(1, settings.kd_warmup_steps))
         grad_norm = update(parameters, optimizer, lr, settings.grad_clip)
         # 4. log, validate, save
-        loss, kl = (total / global_tokens for total in sum_over_processes(loss_sum, kl_sum))
-        metrics = {"loss/kd": loss, "loss/kl_teacher_student": kl, "loss/grad_norm": grad_norm, "loss/lr": lr,
+        loss, apart = (total / global_tokens for total in sum_over_processes(loss_sum, distance_sum))
+        metrics = {"loss/kd": loss, "loss/distance": apart, "loss/grad_norm": grad_norm, "loss/lr": lr,
                    "loss/skipped": run.check_norms(grad_norm)}
+        if phase == "taid":
+            metrics["loss/taid_t"] = method["taid"][0]
+            method["taid"] = taid_update(
+                Taid(*method["taid"]), apart, progress=(step + 1) / num_steps, start=settings.taid_start,
+                end=settings.taid_end, alpha=settings.taid_alpha, beta=settings.taid_beta)
+        if phase == "distillm":
+            metrics["loss/student_share"] = method["share"]
+        if author == "student":
+            metrics |= episode_metrics(share)
         metrics |= validate(step + 1, num_steps)
         run.log(step + 1, metrics, num_tokens=global_tokens, passes=len(groups))
         if 0 < settings.until_score <= metrics.get("eval/score", -1):
@@ -207,21 +283,109 @@ def distil(run: Run, student: Policy, teacher: Policy | None, episodes: list[Epi
     run.finish(student)
 
 
+def split_held_out(episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
+    """(episodes that DistiLLM measures its loss on, episodes that it trains on)."""
+    num = min(64, len(episodes) // 10)
+    if num == 0:
+        raise ValueError(f"phase distillm: got {len(episodes)} episodes, expected at least 10: a tenth is set apart to "
+                         "see when the loss on them rises")
+    return episodes[:num], episodes[num:]
+
+
+@torch.no_grad()
+def mean_distance(run: Run, student: Policy, teacher: Policy, episodes: list[Episode], distance: dict) -> float:
+    """Mean distance from the teacher over the response tokens of these episodes, nats."""
+    share = episodes[run.rank :: run.num_processes]
+    batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=student.tokenizer.eos_id).to(run.device)
+    lengths, total = batch.lengths(), torch.zeros((), device=run.device)
+    for group in in_step(micro_batches(lengths, run.settings.micro_batch_tokens)):
+        total += distil_loss(student, teacher, pack(batch, group, lengths), ce_weight=0.0, **distance)[1]
+    total, num_tokens = sum_over_processes(total, batch.response_mask.sum())
+    return total / max(1, num_tokens)
+
+
+def write_generated(run: Run, step: int, episodes: list[Episode], tokenizer: Tokenizer) -> list[Episode]:
+    """Keep what the student wrote in a step, for the replay buffer; returns what all processes kept."""
+    if episodes:
+        save_episodes(run.dir / "generated" / f"step_{step:06d}.{run.rank:04d}.jsonl", episodes, tokenizer)
+    barrier()
+    return [e for path in sorted((run.dir / "generated").glob(f"step_{step:06d}.*.jsonl"))
+            for e in load_episodes(path, tokenizer, prompt=run.settings.prompt)]
+
+
+def read_generated(run: Run, steps_done: int, tokenizer: Tokenizer) -> list[Episode]:
+    """The replay buffer after so many steps; files of later steps, which the run does again, are removed."""
+    paths = sorted((run.dir / "generated").glob("step_*.jsonl"))
+    kept = [path for path in paths if int(path.name[5:11]) < steps_done]
+    barrier()  # all have looked
+    if run.rank == 0:
+        for path in set(paths) - set(kept):
+            path.unlink()
+    buffer: list[Episode] = []
+    for path in reversed(kept):
+        if len(buffer) < run.settings.buffer_size:
+            buffer = load_episodes(path, tokenizer, prompt=run.settings.prompt) + buffer
+    barrier()
+    return buffer[-run.settings.buffer_size :]
+
+
+# ---- rollouts, of both loops ----
+
+
+def play(
+    run: Run, policy: Policy, retriever: Retriever, questions: list[Question], step: int, num: int, group_size: int = 1
+) -> tuple[list[Episode], int]:
+    """This process's share of the step's `num` episodes, sampled, and the place of its first one among them.
+
+    group_size episodes of a question follow one another, on one process.
+    """
+    settings = run.settings
+    num_questions = num // group_size
+    per_epoch = max(1, len(questions) // num_questions)
+    order = shuffled(len(questions), settings.seed, step // per_epoch)
+    at = step % per_epoch * num_questions
+    chosen = order[at : at + num_questions]
+    begin, end = (len(chosen) * k // run.num_processes for k in (run.rank, run.rank + 1))
+    share = [questions[i] for i in chosen[begin:end] for _ in range(group_size)]
+    with whole(policy.decoder):
+        episodes = generate(policy, retriever, share, settings, seed=settings.seed,
+                            first_episode=step * num + begin * group_size)
+    failed, total = sum_over_processes(torch.tensor(sum(e.status == "search_error" for e in episodes)),
+                                       torch.tensor(len(episodes)))
+    if 2 * failed > total:  # fewer are left out (episode.collate)
+        raise Stop(f"the retriever failed in {failed:.0f} of {total:.0f} episodes of a step, see above why; mend it, "
+                   "then --resume")
+    return episodes, begin * group_size
+
+
+def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """How the episodes of a step went, over all processes."""
+    counts = [sum(e.status == status for e in episodes) for status in STATUSES]
+    n, score, searches, tokens, *by_status = sum_over_processes(*map(torch.tensor, (
+        len(episodes), sum(e.score for e in episodes), sum(e.num_searches for e in episodes),
+        sum(e.num_agent_tokens for e in episodes if e.status != "search_error"), *counts)))
+    result = {"rollout/score": score / n, "rollout/searches": searches / n, "rollout/agent_tokens": tokens / n}
+    return result | {f"rollout/{s}": count / n for s, count in zip(STATUSES, by_status, strict=True)}
+
+
 # ---- loop two: reinforce ----
 
 
 @torch.no_grad()
 def score_tokens(
-    actor: Policy, critic: Critic, guide: Policy | None, batch: Batch, guided: list[bool], settings: TrainSettings
+    actor: Policy, critic: Critic | None, guide: Policy | None, batch: Batch, guided: list[bool],
+    settings: TrainSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(old_logprobs, values, guide_logprobs), each [B, T]; guide_logprobs is NaN in rows that are not guided."""
+    """(old_logprobs, values, guide_logprobs), each [B, T]; values are 0 without a critic, guide_logprobs NaN in rows
+    that are not guided."""
     old_logprobs, values = torch.zeros(2, *batch.ids.shape, device=batch.ids.device)
     guide_logprobs = torch.full_like(values, torch.nan)
     mask, lengths = batch.response_mask, batch.lengths()
     for group in in_step(micro_batches(lengths, settings.micro_batch_tokens)):
         packed = pack(batch, group, lengths)
         old_logprobs[group] = spread(token_logprobs(actor, packed)[0], mask[group])
-        values[group] = spread(critic.values(packed.ids, packed.documents)[packed.response_mask], mask[group])
+        if critic is not None:
+            values[group] = spread(critic.values(packed.ids, packed.documents)[packed.response_mask], mask[group])
     rows = [i for i, is_guided in enumerate(guided) if is_guided and guide is not None]
     for group in in_step(micro_batches([lengths[i] for i in rows], settings.micro_batch_tokens)):
         group = [rows[i] for i in group]
@@ -235,99 +399,82 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def reinforce(
-    run: Run, actor: Policy, critic: Critic, guide: Policy | None, retriever: Retriever,
+    run: Run, actor: Policy, critic: Critic | None, guide: Policy | None, retriever: Retriever,
     questions: list[Question], validate,
 ) -> None:
-    """PPO with a search engine in the loop: ppo and dgpo differ in the guide and in where it counts."""
+    """PPO, or GRPO where there is no critic, with a search engine in the loop: phases differ in the guide, where it
+    counts, and the advantage."""
     settings = run.settings
-    actor_parameters, critic_parameters = list(actor.decoder.parameters()), list(critic.parameters())
-    actor_adam = torch.optim.AdamW(actor_parameters, lr=settings.actor_lr, weight_decay=settings.weight_decay)
-    critic_adam = torch.optim.AdamW(critic_parameters, lr=settings.critic_lr, weight_decay=settings.weight_decay)
-    first = run.start(settings.steps, settings.minibatch_size, {"actor": actor.decoder, "critic": critic},
-                      {"actor_adam": actor_adam, "critic_adam": critic_adam})
-    per_epoch = max(1, len(questions) // settings.prompts_per_step)
+    networks = {"actor": actor.decoder} | ({"critic": critic} if critic is not None else {})
+    rates = {"actor": settings.actor_lr, "critic": settings.critic_lr}
+    warmups = {"actor": settings.actor_warmup_steps, "critic": settings.critic_warmup_steps}
+    parameters = {name: list(network.parameters()) for name, network in networks.items()}
+    adams = {name: torch.optim.AdamW(parameters[name], lr=rates[name], weight_decay=settings.weight_decay)
+             for name in networks}
+    group_size = settings.group_size if critic is None else 1
+    num_episodes = settings.prompts_per_step // group_size * group_size
+    num_minibatches = max(1, round(num_episodes / settings.minibatch_size))
+    critic_only_steps = settings.critic_only_steps if critic is not None else 0
+    first = run.start(settings.steps, settings.minibatch_size, networks,
+                      {f"{name}_adam": adam for name, adam in adams.items()})
     for step in range(first, settings.steps):
         # 1. rollout: this process's share of the step's questions
-        order = shuffled(len(questions), settings.seed, step // per_epoch)
-        at = step % per_epoch * settings.prompts_per_step
-        chosen = [questions[i] for i in order[at : at + settings.prompts_per_step]]
-        offset = len(chosen) * run.rank // run.num_processes
-        share = chosen[offset : len(chosen) * (run.rank + 1) // run.num_processes]
         started = time.perf_counter()
-        with whole(actor.decoder):
-            episodes = generate(actor, retriever, share, settings, seed=settings.seed,
-                                first_episode=step * settings.prompts_per_step + offset)
-        check_searches(episodes)
+        episodes, offset = play(run, actor, retriever, questions, step, num_episodes, group_size)
         rollout_s = time.perf_counter() - started
         # 2. score: Eq. 3, and the teacher's log-probabilities where Eq. 4 needs them
         batch = collate(episodes, pad_id=actor.tokenizer.pad_id).to(run.device)
-        mask = batch.response_mask
+        mask, lengths = batch.response_mask, batch.lengths()
         scores = torch.tensor([e.score for e in episodes], device=run.device)  # [B]
         guided = {"wrong": wrong_episodes(scores), "all": scores == scores, "none": scores != scores}
         guided = guided[settings.kl_where].tolist()
         started = time.perf_counter()
         old_logprobs, old_values, guide_logprobs = score_tokens(actor, critic, guide, batch, guided, settings)
         score_s = time.perf_counter() - started
-        # 3. rewards and advantages: Eq. 4, GAE, whitening over all processes
+        # 3. rewards and advantages: Eq. 4; GAE, whitened over all processes, or GRPO's
         rewards = kl_rewards(scores, old_logprobs, guide_logprobs, mask, beta=settings.beta, where=settings.kl_where)
-        advantages, returns = gae(rewards, old_values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
-        stats = type(m := moments(advantages, mask))(*torch.tensor(sum_over_processes(*m), device=run.device))
-        advantages = whiten(advantages, mask, stats=stats)
+        if critic is None:
+            advantages, returns = group_advantages(rewards, mask, group_size), old_values
+        else:
+            advantages, returns = gae(rewards, old_values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+            stats = type(m := moments(advantages, mask))(*torch.tensor(sum_over_processes(*m), device=run.device))
+            advantages = whiten(advantages, mask, stats=stats)
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
+        trained = [name for name in reversed(networks) if name == "critic" or step >= critic_only_steps]
         sums: dict[str, float] = {}
-        norms, first_gap, actor_norm, passes = [], 0.0, 0.0, 0
-        lengths = batch.lengths()
-        num_minibatches = max(1, round(len(chosen) / settings.minibatch_size))
+        norms, passes, first_gap = {"actor": [], "critic": []}, 0, 0.0
         for epoch in range(settings.ppo_epochs):
-            rows = shuffled(len(chosen), settings.seed, step, epoch)  # of all processes
+            rows = shuffled(num_episodes, settings.seed, step, epoch)  # of all processes
             for k in range(num_minibatches):
-                part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(share)]
+                part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(episodes)]
                 [num_tokens] = sum_over_processes(mask[part].sum())
-                is_first = epoch == 0 and k == 0
                 groups = in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens))
                 passes += len(groups)
                 for group in groups:
                     group = [part[i] for i in group]
+                    old = [x[group][mask[group]] for x in (old_logprobs, advantages, old_values, returns)]
                     packed = pack(batch, group, lengths)
-                    # Response tokens alone from here: [N], all of them under the mask.
-                    old_lp, old_v, ret, adv = (
-                        x[group][mask[group]] for x in (old_logprobs, old_values, returns, advantages))
-                    here = torch.ones_like(old_lp, dtype=torch.bool)
-                    values = critic.values(packed.ids, packed.documents)[packed.response_mask]
-                    critic_loss = value_loss(values, old_v, ret, here, clip_eps=settings.value_clip_eps)
-                    (critic_loss.loss / max(1, num_tokens)).backward()
-                    add(sums, value_loss=critic_loss.loss, value_clip=critic_loss.clip_frac, tokens=critic_loss.count)
-                    if step < settings.critic_only_steps:
-                        continue
-                    logprobs, entropy = token_logprobs(actor, packed)
-                    loss = policy_loss(logprobs, old_lp, adv, here, clip_eps=settings.clip_eps, entropy=entropy,
-                                       entropy_weight=settings.entropy_weight)
-                    if is_first and len(logprobs):
-                        first_gap = max(first_gap, (logprobs.detach() - old_lp).abs().max().item())
-                        if first_gap > MAX_FIRST_LOG_RATIO:
-                            raise Stop(f"log ratio {first_gap} before the first update of step {step + 1}, expected at "
-                                       f"most {MAX_FIRST_LOG_RATIO}: training and scoring compute different things")
-                    (loss.loss / max(1, num_tokens)).backward()
-                    add(sums, policy_loss=loss.loss, clip_frac=loss.clip_frac, approx_kl=loss.approx_kl,
-                        entropy=entropy.detach().sum())
-                critic_norm = update(critic_parameters, critic_adam, settings.critic_lr
-                                     * min(1, (step + 1) / max(1, settings.critic_warmup_steps)), settings.grad_clip)
-                norms.append(critic_norm)
-                if step >= settings.critic_only_steps:
-                    actor_step = step - settings.critic_only_steps + 1
-                    actor_norm = update(actor_parameters, actor_adam, settings.actor_lr
-                                        * min(1, actor_step / max(1, settings.actor_warmup_steps)), settings.grad_clip)
-                    norms.append(actor_norm)
+                    done = backward(actor, critic, packed, *old, max(1, num_tokens), trained, settings)
+                    if epoch == 0 and k == 0:
+                        first_gap = max(first_gap, done["gap"])
+                        check_first_gap(first_gap, step)
+                    for name, value in done.items():
+                        sums[name] = sums.get(name, 0.0) + value
+                for name in trained:
+                    done_steps = step + 1 - (critic_only_steps if name == "actor" else 0)
+                    lr = rates[name] * min(1, done_steps / max(1, warmups[name]))
+                    norms[name].append(update(parameters[name], adams[name], lr, settings.grad_clip))
         update_s = time.perf_counter() - started
         # 5. log, validate, save
-        metrics = rollout_metrics(episodes, scores, old_logprobs, guide_logprobs, returns, old_values, mask)
+        metrics = episode_metrics(episodes) | token_metrics(
+            episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
         names = ["value_loss", "value_clip", "policy_loss", "clip_frac", "approx_kl", "entropy", "tokens"]
         *totals, tokens = sum_over_processes(*(torch.tensor(sums.get(name, 0.0)) for name in names))
-        metrics |= {f"loss/{n}": total / max(1, tokens) for n, total in zip(names, totals, strict=False)}
-        metrics |= {"loss/actor_grad_norm": actor_norm, "loss/critic_grad_norm": critic_norm,
-                    "loss/skipped": run.check_norms(*norms)}
-        metrics["loss/first_log_ratio"] = first_gap  # of this process
+        metrics |= {f"loss/{name}": total / max(1, tokens) for name, total in zip(names, totals, strict=False)}
+        metrics |= {f"loss/{name}_grad_norm": norms[name][-1] if norms[name] else 0.0 for name in networks}
+        metrics |= {"loss/skipped": run.check_norms(*norms["critic"], *norms["actor"]),
+                    "loss/first_log_ratio": first_gap}  # of this process
         metrics |= validate(step + 1, settings.steps)
         run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
                 passes=passes, rollout_s=rollout_s, score_s=score_s, update_s=update_s)
@@ -337,45 +484,60 @@ def reinforce(
     run.finish(actor)
 
 
-def check_searches(episodes: list[Episode]) -> None:
-    """Episodes whose search failed are left out (episode.collate); when they are most of a step, the run ends."""
-    failed, total = sum_over_processes(torch.tensor(sum(e.status == "search_error" for e in episodes)),
-                                       torch.tensor(len(episodes)))
-    if 2 * failed > total:
-        raise Stop(f"the retriever failed in {failed:.0f} of {total:.0f} episodes of a step, see above why; mend it, "
-                   "then --resume")
-
-
-def add(sums: dict[str, float], **values: Tensor) -> None:
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value.item()
-
-
-def rollout_metrics(
-    episodes: list[Episode], scores: Tensor, old_logprobs: Tensor, guide_logprobs: Tensor,
-    returns: Tensor, values: Tensor, mask: Tensor,
+def backward(
+    actor: Policy, critic: Critic | None, packed: Packed,
+    old_logprobs: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor,
+    num_tokens: float, trained: list[str], settings: TrainSettings,
 ) -> dict[str, float]:
-    """What a rollout batch was like, over all processes."""
+    """Gradients of Eq. 2 and of the critic's loss over the response tokens of a pass, as a share of the mini-batch's
+    num_tokens; returns sums for the log. old_logprobs to returns: [N]."""
+    here = torch.ones_like(old_logprobs, dtype=torch.bool)  # all of them are under the mask
+    sums = {"tokens": float(len(here)), "gap": 0.0}
+    if critic is not None:
+        values = critic.values(packed.ids, packed.documents)[packed.response_mask]
+        of_critic = value_loss(values, old_values, returns, here, clip_eps=settings.value_clip_eps)
+        (of_critic.loss / num_tokens).backward()
+        sums |= {"value_loss": of_critic.loss.item(), "value_clip": of_critic.clip_frac.item()}
+    if "actor" in trained:
+        logprobs, entropy = token_logprobs(actor, packed)
+        of_actor = policy_loss(logprobs, old_logprobs, advantages, here, clip_eps=settings.clip_eps, entropy=entropy,
+                               entropy_weight=settings.entropy_weight)
+        (of_actor.loss / num_tokens).backward()
+        sums |= {"policy_loss": of_actor.loss.item(), "clip_frac": of_actor.clip_frac.item(),
+                 "approx_kl": of_actor.approx_kl.item(), "entropy": entropy.detach().sum().item()}
+        if len(logprobs):
+            sums["gap"] = (logprobs.detach() - old_logprobs).abs().max().item()
+    return sums
+
+
+def check_first_gap(gap: float, step: int) -> None:
+    if gap > MAX_FIRST_LOG_RATIO:
+        raise Stop(f"log ratio {gap} before the first update of step {step + 1}, expected at most "
+                   f"{MAX_FIRST_LOG_RATIO}: training and scoring compute different things")
+
+
+def token_metrics(
+    episodes: list[Episode], old_logprobs: Tensor, guide_logprobs: Tensor, returns: Tensor, values: Tensor,
+    mask: Tensor, *, has_critic: bool,
+) -> dict[str, float]:
+    """What the tokens of a step were like, over all processes."""
     learnt = [segment for e in episodes if e.status != "search_error" for segment in e.segments]
     sampled = torch.tensor([lp for segment in learnt for lp in segment.logprobs], device=mask.device)
     scored = mask & ~guide_logprobs.isnan()
-    counts = torch.tensor([[e.status == s for s in STATUSES] for e in episodes]).sum(0)
-    n, score, searches, tokens, gap, kl, kl_count, *by_status = sum_over_processes(
-        torch.tensor(len(episodes)), scores.sum(), torch.tensor(sum(e.num_searches for e in episodes)), mask.sum(),
-        (sampled - old_logprobs[mask]).abs().sum(), masked_sum(old_logprobs - guide_logprobs, scored), scored.sum(),
-        *counts,
-    )
-    result = {"rollout/score": score / n, "rollout/searches": searches / n, "rollout/agent_tokens": tokens / n}
-    result |= {f"rollout/{s}": count / n for s, count in zip(STATUSES, by_status, strict=True)}
-    count, total, total_sq = sum_over_processes(*moments(returns, mask))
-    _, error, error_sq = sum_over_processes(*moments(returns - values, mask))
-    variance = total_sq / count - (total / count) ** 2
-    left = error_sq / count - (error / count) ** 2
-    return result | {
+    tokens, gap, kl, kl_count = sum_over_processes(
+        mask.sum(), (sampled - old_logprobs[mask]).abs().sum(), masked_sum(old_logprobs - guide_logprobs, scored),
+        scored.sum())
+    result = {
         "rollout/sampler_gap": gap / max(1, tokens),  # mean |log-probability of the sampler - of the trainer|
         "rollout/kl_student_guide": kl / max(1, kl_count),  # per token, over the guided episodes alone
-        "rollout/explained_variance": 1 - left / variance if variance > 0 else 0.0,
     }
+    if has_critic:
+        count, total, total_sq = sum_over_processes(*moments(returns, mask))
+        _, error, error_sq = sum_over_processes(*moments(returns - values, mask))
+        count = max(1, count)
+        variance, left = total_sq / count - (total / count) ** 2, error_sq / count - (error / count) ** 2
+        result["rollout/explained_variance"] = 1 - left / variance if variance > 0 else 0.0
+    return result
 
 
 # ---- the program ----
@@ -452,8 +614,7 @@ def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: l
 def main(argv: list[str]) -> None:
     settings = config.load(TrainSettings, argv, prog="train.py", description=__doc__.split("\n")[0],
                            default_config=DEFAULT_CONFIG)
-    settings = replace(settings, run_dir=settings.run_dir or f"runs/{settings.phase}",
-                       kl_where=settings.kl_where or {"ppo": "all"}.get(settings.phase, "wrong"))
+    settings = with_defaults(settings)
     run = Run(settings, *start_processes(settings.device, settings.timeout_minutes))
     try:
         with run.signals():
@@ -467,6 +628,19 @@ def main(argv: list[str]) -> None:
             raise Stop(f"rank {run.rank} of {run.num_processes}: another process ended, or did not answer within "
                        f"{settings.timeout_minutes} minutes; read what it said, then --resume\n({error})") from error
         raise
+
+
+def with_defaults(settings: TrainSettings) -> TrainSettings:
+    """What the phase says where the settings leave it open."""
+    phase = settings.phase
+    if settings.phase == "taid" and settings.distance:
+        raise ValueError(f"--distance {settings.distance}: got it for phase taid, whose target is its own; drop it")
+    return replace(
+        settings, run_dir=settings.run_dir or f"runs/{phase}",
+        kl_where=settings.kl_where or ("all" if phase in ("ppo", "grpo") else "wrong"),
+        advantage=settings.advantage or ("group" if phase == "grpo" else "gae"),
+        distance=settings.distance or ("forward" if phase not in DISTANCES else DISTANCES[phase]),
+    )
 
 
 def train(run: Run) -> None:
@@ -492,7 +666,7 @@ def train(run: Run) -> None:
     student = load_policy(settings.student, device, "student")
     student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
     teacher = None
-    if settings.phase == "kd" or (settings.phase == "dgpo" and settings.kl_where != "none"):
+    if settings.phase in DISTIL[1:] or (settings.phase == "dgpo" and settings.kl_where != "none"):
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
         check_same_tokens(student.tokenizer, teacher.tokenizer)
 
@@ -507,23 +681,26 @@ def train(run: Run) -> None:
         score, n = sum_over_processes(torch.tensor(sum(e.score for e in episodes)), torch.tensor(len(episodes)))
         return {"eval/score": score / max(1, n)}
 
-    if settings.phase in ("sft", "kd"):
-        if settings.phase == "kd" and not Path(settings.episodes).exists():
-            write_episodes(run, teacher, retriever, questions)
-        episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
+    if settings.phase in DISTIL:
+        episodes = []
+        if settings.phase != "gkd" or settings.student_share < 1:
+            if teacher and not Path(settings.episodes).exists():
+                write_episodes(run, teacher, retriever, questions)
+            episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
         if settings.shard != "none":
             shard(student.decoder)
         if settings.shard == "all" and teacher:
             shard(teacher.decoder)
-        distil(run, student, teacher, episodes, validate)
+        distil(run, student, teacher, episodes, retriever, questions, validate)
     else:
-        critic = Critic.from_decoder(student.decoder)
+        critic = Critic.from_decoder(student.decoder) if settings.advantage == "gae" else None
         guide = teacher
-        if settings.phase == "ppo" and settings.kl_where != "none":
+        if settings.phase != "dgpo" and settings.kl_where != "none":
             guide = frozen(load_policy(settings.student, device, "student"))  # Eq. 5: the initial policy
         if settings.shard != "none":
             shard(student.decoder)
-            shard(critic)
+            if critic is not None:
+                shard(critic)
         if settings.shard == "all" and guide:
             shard(guide.decoder)
         reinforce(run, student, critic, guide, retriever, questions, validate)
@@ -537,5 +714,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("train.py: stopped at once; --resume continues from the last state")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_processes()

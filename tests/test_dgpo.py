@@ -95,8 +95,9 @@ def test_divergences_meet_at_their_limits():
         return dgpo.divergence(a.log_softmax(-1), b.log_softmax(-1), kind=kind, mix=mix)
 
     close = {"atol": 1e-4, "rtol": 1e-3}
-    torch.testing.assert_close(of("skew", 1e-6), of("forward"), **close)
-    torch.testing.assert_close(of("skew_reverse", 1e-6), of("reverse"), **close)
+    for mix, accuracy in ((0.0, {"atol": 0, "rtol": 0}), (1e-6, close)):
+        torch.testing.assert_close(of("skew", mix), of("forward"), **accuracy)
+        torch.testing.assert_close(of("skew_reverse", mix), of("reverse"), **accuracy)
     torch.testing.assert_close(of("jsd", 0.5), of("jsd", 0.5, teacher, student), **close)  # symmetric at 1/2
     torch.testing.assert_close(of("jsd", 1e-3) / 1e-3, of("forward"), atol=0, rtol=1e-2)  # GKD: JSD / beta -> KL
     torch.testing.assert_close(of("taid", 1.0), of("forward"), **close)
@@ -334,3 +335,84 @@ def test_one_ppo_step_on_a_two_token_toy_matches_the_gradient_by_hand():
 
 def test_wrong_means_a_score_below_a_tenth():
     assert dgpo.wrong_episodes(torch.tensor([0.0, 0.05, 0.1, 1.0])).tolist() == [True, True, False, False]
+
+
+# ---- baselines ----
+
+TAID = {"start": 0.4, "end": 1.0, "beta": 0.99}
+
+
+def taid_path(num: int, alpha: float, losses=lambda n: 1.0) -> list[float]:
+    state, path = dgpo.Taid(TAID["start"]), []
+    for n in range(num):
+        path.append(state.t)
+        state = dgpo.taid_update(state, losses(n), progress=(n + 1) / num, alpha=alpha, **TAID)
+    return [*path, state.t]
+
+
+def test_taid_is_a_straight_line_in_runs_shorter_than_two_over_alpha():
+    path = taid_path(500, alpha=5e-4)
+    assert path == pytest.approx([0.4 + 0.6 * n / 500 for n in range(501)], abs=FP64)
+
+
+def test_taid_runs_ahead_of_the_line_with_a_large_alpha_and_ends_at_the_teacher():
+    path = taid_path(100, alpha=0.2)
+    assert all(a <= b for a, b in zip(path, path[1:], strict=False)) and path[-1] == 1.0
+    assert path[50] > 0.4 + 0.6 * 0.5 + 0.2
+    falling = taid_path(100, alpha=0.05, losses=lambda n: 0.9**n)  # a falling loss: faster than a rising one
+    rising = taid_path(100, alpha=0.05, losses=lambda n: 1.1**n)
+    assert falling[50] > rising[50]
+
+
+def test_taid_update_by_hand():
+    state = dgpo.taid_update(dgpo.Taid(0.5, 0.1, 2.0), 1.5, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    momentum = 0.9 * 0.1 + 0.1 * 0.25  # the loss fell by a quarter
+    assert state.momentum == pytest.approx(momentum) and state.loss == 1.5
+    assert state.t == pytest.approx(0.5 + 0.1 * 0.5 / (1 + math.exp(-momentum)))
+    first = dgpo.taid_update(dgpo.Taid(0.4), 3.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    assert first == dgpo.Taid(0.4, 0.0, 3.0)  # nothing to compare with: the line alone
+
+
+def test_distillm_lets_the_student_write_more_once_the_loss_rises_over_its_reference():
+    share, reference = dgpo.distillm_share(0.0, 2.0, None, tolerance=0.1)
+    assert (share, reference) == (0.0, 2.0)
+    for loss, expected in [(1.5, (0.0, 2.0)), (2.05, (0.0, 2.0)), (2.1, (0.1, 2.1)), (2.15, (0.1, 2.1))]:
+        share, reference = dgpo.distillm_share(share, loss, reference, tolerance=0.1)
+        assert (share, reference) == pytest.approx(expected)
+    assert dgpo.distillm_share(0.95, 9.0, 1.0, tolerance=0.0) == (1.0, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("u", "share", "progress", "is_full", "author"),
+    [
+        (0.0, 0.0, 0.0, False, "teacher"),
+        (0.3, 0.5, 0.2, True, "student"),  # 0.3 < 0.5 * 0.8
+        (0.45, 0.5, 0.2, True, "student before"),
+        (0.45, 0.5, 0.2, False, "student"),  # there is not enough to draw from yet
+        (0.1, 0.5, 1.0, True, "student before"),
+        (0.6, 0.5, 0.0, False, "teacher"),
+    ],
+)
+def test_distillm_draws_new_outputs_then_old_ones_then_the_teachers(u, share, progress, is_full, author):
+    assert dgpo.distillm_author(u, share, progress=progress, is_buffer_full=is_full) == author
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.zeros(4, 3)
+    rewards[0, 2], rewards[1, 1], rewards[1, 2] = 1.0, -0.25, 0.25  # totals 1, 0; 0, 0
+    mask = torch.tensor([[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1]]).bool()
+    got = dgpo.group_advantages(rewards, mask, 2)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)  # unbiased std of (1, 0)
+    expected = [[0, a, a], [0, -a, -a], [0, 0, 0], [0, 0, 0]]
+    torch.testing.assert_close(got, torch.tensor(expected), atol=FP32, rtol=0)
+
+
+def test_group_advantages_count_the_penalties_of_the_mask_alone_and_refuse_broken_groups():
+    rewards, mask = torch.rand(6, 5), random_masks(6, 5)
+    elsewhere = torch.where(mask, rewards, torch.nan)
+    torch.testing.assert_close(dgpo.group_advantages(elsewhere, mask, 3), dgpo.group_advantages(rewards, mask, 3))
+    per_episode = torch.stack([row[m][0] for row, m in zip(dgpo.group_advantages(rewards, mask, 3), mask, strict=True)])
+    torch.testing.assert_close(per_episode.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+    for size in (1, 4):
+        with pytest.raises(ValueError, match="whole groups"):
+            dgpo.group_advantages(rewards, mask, size)

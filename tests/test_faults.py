@@ -34,7 +34,7 @@ FLAGS = {
     "kd from the teacher": ["--phase", "kd", "--epochs", "4", "--val-size", "0", "--eval-every", "0"],
     "ppo": ["--steps", "12"],
     "dgpo": ["--steps", "12"],
-}
+}  # and of the other phases what a method keeps: test_distillm_resumes_with_its_buffer_and_its_share
 
 
 def command(mini: Path, out: Path, name: str) -> list[str]:
@@ -209,9 +209,9 @@ def test_a_state_of_another_model_or_phase_is_refused_by_name(mini, tmp_path):
 def test_a_gradient_that_is_not_finite_is_left_out_counted_and_harms_nothing(mini, tmp_path, monkeypatch):
     real, calls = train.distil_loss, []
 
-    def broken(*given):
+    def broken(*given, **weights):
         calls.append(1)
-        loss, kl = real(*given)
+        loss, kl = real(*given, **weights)
         return (loss * float("nan") if len(calls) == 2 else loss), kl
 
     monkeypatch.setattr(train, "distil_loss", broken)
@@ -221,12 +221,16 @@ def test_a_gradient_that_is_not_finite_is_left_out_counted_and_harms_nothing(min
     assert all(p.isfinite().all() for p in load_decoder(tmp_path / "run").parameters())
 
 
-def test_gradients_that_stay_broken_end_the_run_with_the_last_good_state(mini, tmp_path, monkeypatch):
+@pytest.mark.parametrize("critic_only_steps", [9, 0], ids=["critic alone", "beside an actor that is well"])
+def test_gradients_that_stay_broken_end_the_run_with_the_last_good_state(
+    mini, tmp_path, monkeypatch, critic_only_steps
+):
     real = train.value_loss
     monkeypatch.setattr(train, "value_loss", lambda values, *rest, **options: real(
         values * float("inf"), *rest, **options))  # fmt: skip
-    with pytest.raises(Stop, match=r"last \d optimizer steps .*last good state"):
-        run(mini, tmp_path / "run", "--phase", "ppo", "--critic-only-steps", "9", "--steps", "9")
+    with pytest.raises(Stop, match=r"last \d updates .*last good state"):
+        run(mini, tmp_path / "run", "--phase", "ppo", "--steps", "9",
+            "--critic-only-steps", str(critic_only_steps))  # fmt: skip
     folder, problems = newest_state(tmp_path / "run")
     assert folder is not None and not problems
 

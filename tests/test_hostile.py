@@ -71,7 +71,7 @@ def test_from_text_to_loss_no_control_token_enters_and_no_score_is_won_by_the_en
     assert torch.equal(batch.response_mask[0, : len(spans)], spans) and not batch.response_mask[0, len(spans):].any()
     assert batch.ids[0][batch.response_mask[0]].tolist() == agent.ids + last.ids
     if batch.ids.numel() < 2000:  # the network takes its time over long ones
-        loss, _ = train.distil_loss(network, None, pack(batch, [0, 1], batch.lengths()), train.TrainSettings())
+        loss, _ = train.distil_loss(network, None, pack(batch, [0, 1], batch.lengths()))
         assert loss.isfinite()
 
 

@@ -21,7 +21,7 @@ import train
 from checkpoint import states
 from episode import collate, load_episodes, pack
 from model import Critic, Tokenizer, load_decoder
-from parallel import full, in_step, shard, start_processes, sum_over_processes, update
+from parallel import end_processes, full, in_step, shard, start_processes, sum_over_processes, update
 from rollout import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def stored_batch(mini: Path, out: Path, is_sharded: bool) -> None:
     lengths, losses = batch.lengths(), torch.zeros(2)
     for group in in_step(train.micro_batches(lengths, 300)):
         packed = pack(batch, group, lengths)
-        loss, _ = train.distil_loss(student, teacher, packed, train.TrainSettings())
+        loss, _ = train.distil_loss(student, teacher, packed)
         value_loss = critic.values(packed.ids, packed.documents)[packed.response_mask].square().sum()
         (loss / 100).backward()
         (value_loss / 100).backward()
@@ -158,3 +158,4 @@ def test_groups_are_left_alone_by_one_process():
 
 if __name__ == "__main__":
     stored_batch(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1")
+    end_processes()

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_train.py
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 import dgpo
 import train
+from checkpoint import states
 from episode import Episode, Packed, collate, load_episodes, pack
 from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from rollout import Policy
@@ -170,7 +172,7 @@ def policies(mini: Path) -> tuple[Policy, Policy]:
     )
 
 
-@pytest.mark.parametrize("phase", ["sft", "kd", "ppo", "dgpo"])
+@pytest.mark.parametrize("phase", [*train.DISTIL, *train.REINFORCE])
 def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings(mini, tmp_path, phase):
     rows = run(mini, tmp_path / "run", "--phase", phase)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
@@ -180,7 +182,7 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["phase"] == phase
     perf = [json.loads(line) for line in (tmp_path / "run" / "perf.jsonl").read_text().splitlines()]
     assert len(perf) == len(rows) and all(row["passes"] >= 1 for row in perf)
-    if phase in ("ppo", "dgpo"):
+    if phase in train.REINFORCE:
         assert "  [" in (tmp_path / "run" / "samples" / "step_000002.txt").read_text()
 
 
@@ -265,7 +267,6 @@ def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_loss_and_gradients_do_not_depend_on_micro_batches_or_order(mini, with_teacher):
     student, teacher = policies(mini)
-    settings = train.TrainSettings()
     episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
 
     def gradients(groups: list[list[Episode]]) -> tuple[float, torch.Tensor]:
@@ -273,7 +274,7 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_order(mini, with_t
         total = 0.0
         for group in groups:
             loss, _ = train.distil_loss(
-                student, teacher if with_teacher else None, packed(group, student.tokenizer), settings
+                student, teacher if with_teacher else None, packed(group, student.tokenizer)
             )
             (loss / 1000).backward()
             total += loss.item() / 1000
@@ -299,8 +300,8 @@ def test_packed_loss_and_gradients_equal_padded_rows_and_plain_formulas(mini, ch
     expected = flat_gradient(student.decoder)
     student.decoder.zero_grad()
     student.decoder.checkpointing = checkpointing
-    settings = train.TrainSettings(ce_weight=0.5, kl_weight=2.0)
-    got, got_kl = train.distil_loss(student, teacher, packed(episodes, student.tokenizer), settings)
+    weights = {"ce_weight": 0.5, "kl_weight": 2.0}
+    got, got_kl = train.distil_loss(student, teacher, packed(episodes, student.tokenizer), **weights)
     got.backward()
     assert got.item() == pytest.approx(loss.sum().item(), rel=GRADIENT_TOLERANCE)
     assert got_kl.item() == pytest.approx(kl.sum().item(), rel=GRADIENT_TOLERANCE)
@@ -312,7 +313,7 @@ def test_distillation_has_no_gradient_from_prompt_and_retrieved_tokens(mini):
     student, _ = policies(mini)
     [episode] = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
     batch = collate([episode], pad_id=student.tokenizer.pad_id)
-    loss, _ = train.distil_loss(student, None, pack(batch, [0], batch.lengths()), train.TrainSettings())
+    loss, _ = train.distil_loss(student, None, pack(batch, [0], batch.lengths()))
     logits = student.decoder(batch.ids)[0, :-1, : student.tokenizer.size].log_softmax(-1)
     expected = -logits.gather(-1, batch.ids[0, 1:, None]).squeeze(-1)[batch.response_mask[0, 1:]]
     assert len(expected) == episode.num_agent_tokens < len(episode.ids)
@@ -365,6 +366,142 @@ def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_tea
     assert [where for where, _ in seen] == ["all", "wrong", "none"]
     assert seen[0][1] < GRADIENT_TOLERANCE  # before the first update the initial policy is the policy
     assert seen[1][1] > 0.01
+
+
+# ---- families ----
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "rope_theta": 5e5,
+         "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 256}}  # fmt: skip
+FAMILIES = {  # what the presets' pairs are like: (of both, rows of the heads beyond the tokenizer, role of padding)
+    "qwen2.5-3b-0.5b": ({}, (271, 271), "<|im_start|>"),
+    "qwen2.5-7b-0.5b": ({}, (271, 399), "<|im_start|>"),  # 151,936 and 152,064 rows for 151,665 entries
+    "llama3-8b-1b": (LLAMA, (0, 0), None),
+}
+
+
+@pytest.mark.parametrize("pair", FAMILIES)
+def test_pairs_of_the_papers_families_distil_and_reinforce(mini, tmp_path, pair):
+    assert (ROOT / "configs" / f"{pair}.toml").exists()
+    both, padding, pad_token = FAMILIES[pair]
+    shutil.copytree(mini / "tokenizer", tmp_path / "tokenizer")
+    settings = json.loads((mini / "tokenizer" / "tokenizer_config.json").read_text()) | {"pad_token": pad_token}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    assert (tokenizer.pad_id == tokenizer.eos_id) == (pad_token is None)
+    for name, width, rows in zip(("student", "teacher"), (16, 32), padding, strict=True):
+        large = {"tie_word_embeddings": False, "num_key_value_heads": 1} if name == "teacher" else {}
+        config = decoder_config(width, tokenizer.size + rows) | both | large
+        save_decoder(new_decoder(config, seed=0), tokenizer, tmp_path / name)
+    models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    kd = run(mini, tmp_path / "kd", "--phase", "kd", "--epochs", "3", *models)
+    assert kd[-1]["loss/kd"] < kd[0]["loss/kd"] and kd[0]["loss/distance"] > 0
+    models[1] = str(tmp_path / "kd")
+    dgpo_rows = run(mini, tmp_path / "dgpo", "--phase", "dgpo", "--steps", "2", *models)
+    assert all(row["loss/first_log_ratio"] <= FIRST_LOG_RATIO for row in dgpo_rows)
+    trained = load_decoder(tmp_path / "dgpo")
+    assert trained.config.public["model_type"] == both.get("model_type", "qwen2")
+    # The end of turn is a target although, in Llama's tokenizers, it is what pads.
+    episodes = load_episodes(mini / "episodes.jsonl", tokenizer, prompt="short")
+    batch = collate(episodes, pad_id=tokenizer.pad_id, end_of_turn=tokenizer.eos_id)
+    ends = (batch.ids == tokenizer.eos_id) & batch.response_mask
+    assert ends.sum(1).tolist() == [1] * len(episodes)
+    assert batch.response_mask.sum(1).tolist() == [e.num_agent_tokens + 1 for e in episodes]
+
+
+# ---- baselines ----
+
+
+@pytest.fixture
+def distances(monkeypatch):
+    """What distil_loss was asked for, pass by pass."""
+    seen, real = [], train.distil_loss
+
+    def spy(student, teacher, packed, **options):
+        seen.append(options | {"grad": torch.is_grad_enabled(), "ids": packed.ids, "mask": packed.response_mask})
+        return real(student, teacher, packed, **options)
+
+    monkeypatch.setattr(train, "distil_loss", spy)
+    return seen
+
+
+def test_each_phase_has_its_own_distance_and_the_cross_entropy_belongs_to_kd(mini, tmp_path, distances):
+    expected = {"kd": ("forward", 1.0), "taid": ("taid", 0.0), "gkd": ("reverse", 0.0), "distillm": ("skew", 0.0)}
+    for phase, (kind, ce_weight) in expected.items():
+        distances.clear()
+        run(mini, tmp_path / phase, "--phase", phase, "--steps", "2")
+        assert {(d["kind"], d["ce_weight"]) for d in distances} == {(kind, ce_weight)}, phase
+    distances.clear()
+    run(mini, tmp_path / "other", "--phase", "gkd", "--steps", "1", "--distance", "jsd", "--mix", "0.5")
+    assert {(d["kind"], d["mix"]) for d in distances} == {("jsd", 0.5)}
+    with pytest.raises(ValueError, match="--distance jsd"):
+        run(mini, tmp_path / "bad", "--phase", "taid", "--distance", "jsd")
+
+
+def test_taid_moves_its_target_from_the_student_to_the_teacher(mini, tmp_path, distances):
+    rows = run(mini, tmp_path / "run", "--phase", "taid", "--epochs", "4")
+    assert [row["loss/taid_t"] for row in rows] == pytest.approx([0.4 + 0.6 * n / 12 for n in range(12)])
+    assert [d["mix"] for d in distances] == [row["loss/taid_t"] for row in rows]
+
+
+def test_gkd_trains_on_what_the_student_writes_and_needs_no_file(mini, tmp_path, distances):
+    rows = run(mini, tmp_path / "run", "--phase", "gkd", "--steps", "3", "--episodes", str(tmp_path / "absent"))
+    assert len(rows) == 3 and all("rollout/score" in row for row in rows)
+    played = sum(d["mask"].sum().item() for d in distances[:1])
+    assert played / 8 == pytest.approx(rows[0]["rollout/agent_tokens"])  # sampled tokens, and no end of turn besides
+    half = run(mini, tmp_path / "half", "--phase", "gkd", "--steps", "12", "--student-share", "0.5")
+    assert 2 <= sum("rollout/score" in row for row in half) <= 10
+
+
+def test_gkd_brings_the_student_closer_to_the_teacher_where_the_student_goes(mini, tmp_path):
+    rows = run(mini, tmp_path / "run", "--phase", "gkd", "--steps", "12", "--batch-size", "16", "--eval-every", "0")
+    assert sum(row["loss/distance"] for row in rows[-3:]) < 0.9 * sum(row["loss/distance"] for row in rows[:3])
+
+
+def test_distillm_lets_the_student_write_when_the_held_out_loss_rises_and_replays_it(mini, tmp_path, monkeypatch):
+    losses = iter([1.0, 1.0, 2.0, *[float(n) for n in range(3, 40)]])
+    monkeypatch.setattr(train, "mean_distance", lambda *_: next(losses))
+    flags = ["--phase", "distillm", "--epochs", "6", "--buffer-size", "16", "--save-every", "1"]
+    rows = run(mini, tmp_path / "run", *flags)
+    shares = [row["loss/student_share"] for row in rows]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == 1.0
+    written = sorted((tmp_path / "run" / "generated").glob("*.jsonl"))
+    assert [int(path.name[5:11]) + 1 for path in written] == [row["step"] for row in rows if "rollout/score" in row]
+    assert 2 <= len(written) < len(rows) - 4  # new ones, then old ones again
+
+
+def test_distillm_resumes_with_its_buffer_and_its_share(mini, tmp_path):
+    flags = ["--phase", "distillm", "--epochs", "5", "--buffer-size", "12", "--share-tolerance", "-9"]
+    whole = run(mini, tmp_path / "run", *flags)  # every look raises the share
+    assert any("rollout/score" in row for row in whole[:-1])
+    shutil.rmtree(states(tmp_path / "run")[-1])
+    last = sorted((tmp_path / "run" / "generated").glob("*.jsonl"))[-1]
+    last.with_name("step_000099.0000.jsonl").write_text(last.read_text())  # of a step that is done again
+    assert run(mini, tmp_path / "run", *flags, "--resume") == whole
+    assert not last.with_name("step_000099.0000.jsonl").exists()
+
+
+def test_distillm_needs_episodes_to_set_apart(mini, tmp_path):
+    (tmp_path / "few.jsonl").write_text("".join((mini / "episodes.jsonl").open().readlines()[:3]))
+    with pytest.raises(ValueError, match="got 3 episodes, expected at least 10"):
+        run(mini, tmp_path / "run", "--phase", "distillm", "--episodes", str(tmp_path / "few.jsonl"))
+
+
+def test_grpo_plays_groups_of_a_question_and_has_no_critic(mini, tmp_path, monkeypatch):
+    groups, real = [], train.generate
+
+    def spy(policy, retriever, questions, *given, **options):
+        groups.append(([q.id for q in questions], options["first_episode"]))
+        return real(policy, retriever, questions, *given, **options)
+
+    monkeypatch.setattr(train, "generate", spy)
+    flags = ["--phase", "grpo", "--group-size", "3", "--eval-every", "0"]
+    rows = run(mini, tmp_path / "run", *flags)
+    for step, (ids, first) in enumerate(groups):
+        assert len(ids) == 6 and ids[0] == ids[1] == ids[2] != ids[3] == ids[4] == ids[5] and first == 6 * step
+    assert not any("value" in key or "critic" in key for row in rows for key in row if row.get(key))
+    assert not [*(tmp_path / "run" / "state").glob("*/critic*")]
+    assert run(mini, tmp_path / "dgpo", "--phase", "dgpo", "--advantage", "group", "--steps", "2")[1]["step"] == 2
 
 
 def test_the_phase_switches_when_the_sampled_score_is_reached(mini, tmp_path, monkeypatch):
