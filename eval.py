@@ -1,4 +1,4 @@
-"""Measuring: exact match, F1, hit ratio and searches per question set, tables, intervals, curves.
+"""Measuring: exact match, F1, hit ratio and searches per question set, ARCap, tables, intervals, curves.
 
 The average is the paper's: the unweighted mean over the sets (Table 2). Beside it stands the mean
 over all questions.
@@ -11,22 +11,29 @@ Departures from the official evaluation
    official scorer reads an answer from the prompt, and its per-set search counts are misaligned).
 
     python eval.py --model runs/dgpo [--temperature 1] [--questions FILE ...] [--out DIR]
+    python eval.py arcap --model runs/dgpo               # Agentic RAG Capabilities (Sec. 5.3-5.5, Table 5)
     python eval.py table RESULT.json ...                 # one row each, the paper's columns
     python eval.py compare A.json B.json                 # A - B, paired bootstrap
     python eval.py compare A0.json A1.json --against B0.json B1.json     # several seeds a side
     python eval.py plot runs/dgpo/metrics.jsonl ... --out curve.png
 
 An evaluation writes DIR/result.json (summary), .jsonl (a line for each question), .csv and .txt.
+
+ARCap: (2a) source referencing: exact match when the gold passages are shown at once, with the answer forced or after
+further thinking; (2b) query rewriting: hit ratio of the first query; (2c) thinking: hit ratio over all searches, and
+how many there were. The official code has none of it; gold passages are a row's supporting `context`, or the
+corpus's passages with the titles in `metadata.hops`.
 """
 
 import argparse
 import csv
 import json
+import math
 import re
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +43,15 @@ import torch
 import config
 from config import setting
 from data import TEST_SETS, Question, f1, hit, load_questions
-from episode import STATUSES, Episode, save_episodes
+from episode import STATUSES, Episode, observation_ids, save_episodes
 from model import Tokenizer, load_decoder
-from retriever import Retriever
+from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings, generate
 
 ROOT = Path(__file__).resolve().parent
 NAMES = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA",
          "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # Table 2
-MEASURES = ("em", "f1", "hit", "searches", "agent_tokens", *STATUSES)
+MEASURES = ("em", "f1", "hit", "first_hit", "searches", "agent_tokens", *STATUSES)
 # Taken from a training preset: what is searched and how an episode runs; never how training
 # samples (temperature, seed) nor what it trains on.
 SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
@@ -98,6 +105,7 @@ def score(name: str, episode: Episode) -> dict[str, Any]:
         "set": name, "id": episode.question.id, "em": episode.score,
         "f1": f1(episode.answer, golds),
         "hit": float(any(hit(passages, golds) for passages in episode.passages)),
+        "first_hit": float(any(hit(passages, golds) for passages in episode.passages[:1])),
         "searches": episode.num_searches, "agent_tokens": episode.num_agent_tokens,
         "status": episode.status, "answer": episode.answer,
     }  # fmt: skip
@@ -156,6 +164,55 @@ def _parts(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The sets and the two means below them, by the names that tables show."""
     parts = {NAMES.get(name, name): values for name, values in result["sets"].items()}
     return parts | {"Avg. of sets": result["average"], "All questions": result["all"]}
+
+
+# ---- ARCap ----
+
+
+def arcap(
+    policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]], settings: RolloutSettings, *,
+    seed: int = 0, progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """{set: {"without_thinking": EM, "with_thinking": EM, "first_hit", "hit", "searches"}}; the first two over the
+    questions whose gold passages are known ("num_gold")."""
+    parts = evaluate(policy, retriever, question_sets, settings, seed=seed, progress=progress)["sets"]
+    result = {name: {m: parts[name][m] for m in ("n", "em", "first_hit", "hit", "searches")} for name in parts}
+    for name, questions in question_sets.items():
+        known = [(q, gold) for q, gold in zip(questions, gold_passages(questions, retriever), strict=True) if gold]
+        result[name]["num_gold"] = len(known)
+        shown = [observation_ids(policy.tokenizer, gold, settings.max_context_tokens // 2) for _, gold in known]
+        for key, forced, turns in (("without_thinking", "<answer>", 0), ("with_thinking", "", settings.max_turns)):
+            episodes = generate(policy, retriever, [q for q, _ in known], replace(settings, max_turns=turns),
+                                seed=seed + zlib.crc32(name.encode()), shown=shown, forced=forced,
+                                progress=f"{name}, {key.replace('_', ' ')}" if progress else "")
+            result[name][key] = float(np.mean([e.score for e in episodes])) if known else math.nan
+    return result
+
+
+def gold_passages(questions: Sequence[Question], retriever: Retriever) -> list[list[Passage]]:
+    """Of each question, in the order of its hops; empty where they are not known."""
+    titles = [[hop[0] for hop in q.metadata.get("hops", [])] for q in questions]
+    wanted = {title for row in titles for title in row}
+    corpus = (retriever.corpus.passage(row, 0.0) for row in range(len(retriever.corpus) if wanted else 0))
+    found = {passage.title: passage for passage in corpus if passage.title in wanted}
+    return [
+        [Passage("", p["title"], p["text"], 0.0) for p in q.context if p.get("is_supporting")] if q.context
+        else [found[title] for title in row if title in found]
+        for q, row in zip(questions, titles, strict=True)
+    ]
+
+
+def arcap_table(results: Sequence[dict[str, Any]]) -> str:
+    """Table 5's columns for each set: exact match without and with thinking, first hit, hit, searches."""
+    lines = []
+    for name in sort_sets({name for result in results for name in result["arcap"]}):
+        lines.append([NAMES.get(name, name), "w/o", "w/ thinking", "first hit", "hit", "searches"])
+        for result in results:
+            values = result["arcap"].get(name, {})
+            keys = ("without_thinking", "with_thinking", "first_hit", "hit", "searches")
+            cells = ["-" if math.isnan(v := values.get(key, math.nan)) else f"{v:.3f}" for key in keys]
+            lines.append([f"  {result['name']}", *cells])
+    return align(lines)
 
 
 # ---- tables ----
@@ -293,7 +350,7 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
 # ---- the program ----
 
 
-def run(settings: EvalSettings) -> dict[str, Any]:
+def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
     """Load, evaluate, write, print."""
     sets = read_sets(settings.questions, settings.limit)  # mistakes here show before the long loads
     device, name = settings.device, settings.name or Path(settings.model).name
@@ -304,8 +361,14 @@ def run(settings: EvalSettings) -> dict[str, Any]:
     policy = Policy(decoder, Tokenizer.load(settings.model))
     retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
                                device=device)
+    result: dict[str, Any] = {"name": name, "settings": asdict(settings)}
+    if measures_arcap:
+        result["arcap"] = arcap(policy, retriever, sets, settings, seed=settings.seed, progress=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "arcap.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{arcap_table([result])}\n\nwrote {out}/arcap.json")
+        return
     episodes: list[Episode] = []
-    result = {"name": name, "settings": asdict(settings)}
     result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,
                        keep=episodes)
     save_result(result, out)
@@ -314,14 +377,14 @@ def run(settings: EvalSettings) -> dict[str, Any]:
         save_episodes(out / "episodes.jsonl", episodes, policy.tokenizer)
     print((out / "result.txt").read_text(encoding="utf-8"))
     print(f"wrote {out}/result.json, .jsonl, .csv, .txt")
-    return result
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] not in ("table", "compare", "plot"):
-        text = "Measure a model on question sets. Also: eval.py {table,compare,plot} --help."
-        run(config.load(EvalSettings, argv, prog="eval.py", description=text, shared=SHARED,
-                        default_config=ROOT / "configs" / "world.toml"))
+        text = "Measure a model on question sets. Also: eval.py arcap, eval.py {table,compare,plot} --help."
+        measures_arcap = argv[:1] == ["arcap"]
+        run(config.load(EvalSettings, argv[measures_arcap:], prog="eval.py", description=text, shared=SHARED,
+                        default_config=ROOT / "configs" / "world.toml"), measures_arcap=measures_arcap)
         return
     parser = argparse.ArgumentParser(f"eval.py {argv[0]}", allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path,
@@ -330,11 +393,12 @@ def main(argv: list[str]) -> None:
         parser.add_argument("--out", default="curve.png", help="picture to write (curve.png)")
         given = parser.parse_args(argv[1:])
         return plot_curves(given.files, given.out)
-    parser.add_argument("--measure", default="em", choices=MEASURES[:5])
+    parser.add_argument("--measure", default="em", choices=MEASURES[:6])
     if argv[0] == "table":
         given = parser.parse_args(argv[1:])
         results = [json.loads(path.read_text(encoding="utf-8")) for path in given.files]
-        return print(table(results, given.measure))
+        has_arcap = all("arcap" in result for result in results)
+        return print(arcap_table(results) if has_arcap else table(results, given.measure))
     parser.add_argument("--against", nargs="+", type=Path, help="the other side, of several seeds")
     given = parser.parse_args(argv[1:])
     left, right = given.files, given.against

@@ -111,6 +111,7 @@ class _Row:
     turn: int = 0
     sampled: int = 0  # agent tokens so far: the counter of the noise
     query: str | None = None  # what it waits for
+    forced: str = ""  # what the turn begins with: the first one alone, and not the agent's words
 
 
 class _Search(NamedTuple):
@@ -130,15 +131,22 @@ def generate(
     seed: int,
     first_episode: int = 0,
     progress: str = "",
+    shown: Sequence[Sequence[int]] = (),
+    forced: str = "",
 ) -> list[Episode]:
     """One episode for each question, in the order of the questions.
 
     Question i is episode first_episode + i; with seed and weights it fixes the episode, whatever else is in
     the batch. `progress` names a progress bar. KV is kept across turns: an observation is a prefill into the
-    same row; a row is given to the next question when its episode ends.
+    same row; a row is given to the next question when its episode ends. shown: ids that each agent reads before its
+    first turn; forced: text that this turn begins with, "<answer>" for example.
     """
     episodes = [Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt)]) for q in questions]
-    rows = [_Row(e, first_episode + i, list(e.segments[0].ids)) for i, e in enumerate(episodes)]
+    opening = policy.tokenizer.encode(forced)
+    for episode, ids in zip(episodes, shown or [[]] * len(episodes), strict=True):
+        if given := [*ids, *opening]:
+            episode.segments.append(Segment("environment", given))
+    rows = [_Row(e, first_episode + i, e.ids, forced=forced) for i, e in enumerate(episodes)]
     with (
         in_blocks(policy.decoder),
         ThreadPoolExecutor(1) as searcher,
@@ -346,7 +354,7 @@ def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> 
     """Act on the token just sampled: continue, end the episode, go on with a notice, or return a query."""
     episode, ids = row.episode, row.episode.segments[-1].ids
     # Both closing tags end in ">", so only a token with that character can complete one.
-    text = tokenizer.decode(ids) if ids[-1] in tokenizer.containing(">") else ""
+    text = row.forced + tokenizer.decode(ids) if ids[-1] in tokenizer.containing(">") else ""
     complete = "</search>" in text or "</answer>" in text
     full = row.cached + 1 >= settings.max_context_tokens
     cut = full or len(ids) >= settings.max_new_tokens
@@ -372,6 +380,7 @@ def _observe(row: _Row, ids: list[int], settings: RolloutSettings) -> None:
         row.episode.status = "max_tokens"
         return
     row.turn += 1
+    row.forced = ""
     row.pending += ids
     row.episode.segments += [Segment("environment", ids), Segment("agent", [])]
 

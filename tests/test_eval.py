@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_rollout import ScriptedDecoder, tokenizer  # noqa: F401
 from test_train import mini  # noqa: F401
 
 import eval as evaluation
 from data import TEST_SETS, Question
 from episode import Episode, Segment
 from retriever import Passage
-from rollout import RolloutSettings
+from rollout import Policy, RolloutSettings
 
 POLICY = SimpleNamespace()
 INTERVAL_TOLERANCE = 0.002  # Monte Carlo error of 10,000 resamples
@@ -306,3 +307,102 @@ def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature)
     assert sum(saved["all"][status] for status in evaluation.STATUSES) == pytest.approx(1)
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 24
     assert "questions" in capsys.readouterr().out
+
+
+# ---- ARCap ----
+
+
+class Shelf(list):
+    def passage(self, row: int, score: float) -> Passage:
+        return self[row]
+
+
+class Library:
+    """A corpus of two passages; every search finds the second one."""
+
+    def __init__(self) -> None:
+        self.passages = [Passage("0", "Alpha", "Alpha was born in Beta.", 1.0), Passage("1", "Beta", "In gold.", 1.0)]
+        self.corpus = Shelf(self.passages)
+        self.queries: list[str] = []
+
+    def search(self, queries, top_k):
+        self.queries += queries
+        return [[self.passages[1]] for _ in queries]
+
+
+@pytest.fixture
+def arcap_of(tokenizer):  # noqa: F811
+    """ARCap of an agent that writes a fixed text; with the prompts that it read."""
+
+    def measure(text: str, questions: list[Question]):
+        decoder = ScriptedDecoder(tokenizer, {"who": tokenizer.encode(text)})
+        library, kept = Library(), []
+        real = evaluation.generate
+
+        def keep(*given, **options):
+            kept.append(real(*given, **options))
+            return kept[-1]
+
+        evaluation.generate, before = keep, evaluation.generate
+        try:
+            rules = RolloutSettings(max_turns=1, max_new_tokens=60, max_obs_tokens=80, max_context_tokens=900,
+                                    temperature=0.0, top_k=1, prompt="short")
+            result = evaluation.arcap(Policy(decoder, tokenizer), library, {"nq": questions}, rules)
+        finally:
+            evaluation.generate = before
+        return result["nq"], kept, library
+
+    return measure
+
+
+HOPS = {"hops": [["Alpha", "birthplace"], ["Beta", "metal"]]}
+
+
+def test_arcap_shows_the_gold_passages_and_forces_the_answer(arcap_of, tokenizer):  # noqa: F811
+    question = Question("nq_0", "who?", ("gold",), "nq", metadata=HOPS)
+    values, (plain, forced, thinking), library = arcap_of("gold </answer>", [question])
+    text = tokenizer.decode(forced[0].ids, skip_special=False)
+    shown = text.index("<information>Doc 1(Title: \"Alpha\") Alpha was born in Beta.\nDoc 2(Title: \"Beta\") In gold.")
+    assert text[shown:].endswith("</information>\n\n<answer>gold </answer>")
+    assert [s.author for s in forced[0].segments] == ["prompt", "environment", "agent"]
+    assert forced[0].answer == "gold" and values["without_thinking"] == 1.0 and values["num_gold"] == 1
+    # The tag is the only word that is put into its mouth: without it the same text is no answer.
+    assert thinking[0].answer is None and values["with_thinking"] == 0.0
+    assert plain[0].answer is None and values["em"] == 0.0 and not library.queries
+
+
+def test_arcap_lets_the_agent_think_and_search_after_the_gold_passages(arcap_of):
+    script = "<think> so </think> <search> more </search>"
+    question = Question("nq_0", "who?", ("gold",), "nq", metadata=HOPS)
+    values, (plain, forced, thinking), library = arcap_of(script, [question])
+    assert thinking[0].num_searches == plain[0].num_searches == 1 and len(library.queries) == 2
+    assert forced[0].num_searches == 0  # with the answer forced, nothing but the answer is done
+    assert values["first_hit"] == values["hit"] == values["searches"] == 1.0
+
+
+def test_arcap_takes_supporting_paragraphs_and_leaves_out_questions_without_gold(arcap_of, tokenizer):  # noqa: F811
+    context = [{"title": "Gamma", "text": "Of gold.", "is_supporting": True},
+               {"title": "Delta", "text": "Not so.", "is_supporting": False}]
+    questions = [Question("nq_0", "who?", ("gold",), "nq", context=context), Question("nq_1", "who?", ("x",), "nq")]
+    values, (_, forced, _), _ = arcap_of("gold </answer>", questions)
+    text = tokenizer.decode(forced[0].ids)
+    assert "Gamma" in text and "Delta" not in text
+    assert values["num_gold"] == 1 and values["n"] == 2 and len(forced) == 1
+
+
+def test_the_first_query_counts_apart_from_later_ones():
+    passages = [[Passage("1", "t", "nothing", 1.0)], [Passage("2", "t", "the gold", 1.0)]]
+    episode = Episode(Question("q", "q", ("gold",), "nq"), [Segment("agent", [1])], "answered", "gold", ["a", "b"],
+                      passages)
+    row = evaluation.score("nq", episode)
+    assert (row["hit"], row["first_hit"]) == (1.0, 0.0)
+
+
+def test_arcap_program_writes_a_table_that_prints_again(mini, tmp_path, capsys):  # noqa: F811
+    evaluation.main(["arcap", "--config", str(mini / "mini.toml"), "--model", str(mini / "student"), "--questions",
+                     str(mini / "questions.jsonl"), "--limit", "3", "--out", str(tmp_path)])
+    capsys.readouterr()
+    evaluation.main(["table", str(tmp_path / "arcap.json")])
+    shown = capsys.readouterr().out
+    assert "w/ thinking" in shown and "student" in shown
+    assert "-" in shown.splitlines()[2]  # these questions name no gold passages
