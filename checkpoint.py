@@ -98,9 +98,14 @@ def states(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "state").glob("step_*") if p.suffix != ".partial")
 
 
-def not_kept(found: list[Path]) -> list[Path]:
+def best_state(found: list[Path]) -> Path | None:
+    """The one with the best validation score, the newest of equals; None where none was validated."""
     scores = {folder: score for folder in found if (score := read_meta(folder).get("score")) is not None}
-    best = max(scores, key=lambda folder: (scores[folder], folder.name), default=None)
+    return max(scores, key=lambda folder: (scores[folder], folder.name), default=None)
+
+
+def not_kept(found: list[Path]) -> list[Path]:
+    best = best_state(found)
     return [folder for folder in found[:-NUM_KEPT] if folder != best]
 
 

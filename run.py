@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import config
-from checkpoint import cut_lines, flush, load_state, newest_state, save_state
+from checkpoint import best_state, cut_lines, flush, load_state, newest_state, save_state, states
 from episode import Episode, episode_text
 from model import Tokenizer, save_decoder
 from parallel import barrier, full, sum_over_processes
@@ -43,6 +43,10 @@ MAX_SKIPPED = 5  # updates that are left out in steps that follow one another, b
 
 class Stop(Exception):
     """The run cannot go on; the text says why and what to do."""
+
+
+class Collapse(Stop):
+    """The run has become worse than it was; what it leaves is its best."""
 
 
 class RunSettings(Protocol):
@@ -73,12 +77,18 @@ class Run:
         self.steps_done, self.num_steps, self.bar = 0, 0, None
         self.score: float | None = None  # of the last step's validation
         self.num_skipped = 0  # updates left out since the last step without one
+        self.history: list[dict[str, float]] = []  # the metrics of every step
         self.signal = 0  # that asked this process to stop
         self.method: dict = {}  # numbers that a method keeps from step to step; in JSON, saved with the state
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
+
+    def agree(self, value: int) -> int:
+        """Rank 0's number, on every process."""
+        [agreed] = sum_over_processes(torch.tensor(value if self.rank == 0 else 0))
+        return int(agreed)
 
     def prepare_folder(self) -> None:
         """Refuse to write over a run, unless told to."""
@@ -118,10 +128,9 @@ class Run:
         folder, problems = newest_state(self.dir) if self.rank == 0 else (None, [])
         for problem in problems:
             self.say(f"{problem}; passed over for the state before it")
-        [step] = sum_over_processes(torch.tensor(-1 if folder is None else int(folder.name.split("_")[1]))
-                                    if self.rank == 0 else torch.tensor(0))  # rank 0 has looked
+        step = self.agree(-1 if folder is None else int(folder.name.split("_")[1]))
         if step >= 0:
-            meta = load_state(self.dir / "state" / f"step_{int(step):06d}", self.modules, self.optimizers)
+            meta = load_state(self.dir / "state" / f"step_{step:06d}", self.modules, self.optimizers)
             self.steps_done, self.method = meta["step"], meta.get("method", {})
             if meta["num_processes"] != self.num_processes:
                 self.say(f"saved by {meta['num_processes']} processes, continued by {self.num_processes}: sums are "
@@ -129,6 +138,10 @@ class Run:
         if self.rank == 0:
             for name in ("metrics.jsonl", "perf.jsonl"):
                 cut_lines(self.dir / name, self.steps_done)
+        barrier()
+        if self.steps_done:
+            lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            self.history = [json.loads(line) for line in lines]
         self.say(f"resumed {self.dir} after step {self.steps_done}" if step >= 0 else
                  f"--resume: no state in {self.dir / 'state'}; starts from the beginning")
 
@@ -137,6 +150,7 @@ class Run:
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         self.steps_done, self.score = step, metrics.get("eval/score")
+        self.history.append(metrics)
         every = self.settings.save_every
         if self.rank == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -222,14 +236,26 @@ class Run:
                 sys.exit(128 + number)  # as a shell reports it
         return over > 0
 
-    def finish(self, policy: Policy) -> None:
+    def finish(self, policy: Policy, *, saves_state: bool = True) -> None:
         self.bar.close()
-        self.save()
+        if saves_state:
+            self.save()
         state = {name: full(tensor) for name, tensor in policy.decoder.state_dict().items()}
         if self.rank == 0:
             save_decoder(policy.decoder, policy.tokenizer, self.dir, state=state)
         self.say(f"wrote {self.dir} after {self.steps_done} steps, {time.perf_counter() - self.started:.0f} s")
         barrier()
+
+    def give_up(self, policy: Policy, signs: str) -> None:
+        """End a run that has collapsed: what it leaves is the weights of its best validation, if states hold them."""
+        best = best_state(states(self.dir)) if self.rank == 0 else None
+        step = self.agree(-1 if best is None else int(best.name.split("_")[1]))
+        kept = f"{self.dir} holds the last weights: no state has a validation score (--save-every, --eval-every)"
+        if step >= 0:
+            load_state(self.dir / "state" / f"step_{step:06d}", self.modules, {})
+            kept = f"{self.dir} holds the weights of step {step}, the best validation so far"
+        self.finish(policy, saves_state=False)
+        raise Collapse(f"collapse after step {self.steps_done}: {signs}. {kept}")
 
     def memory(self) -> str:
         """What memory went to, and the settings that change it, largest first."""

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import config
+from collapse import signs_of_collapse
 from config import setting
 from data import Question, load_questions
 from dgpo import (
@@ -63,13 +64,14 @@ from model import Critic, Decoder, Tokenizer, load_decoder, shift
 from parallel import barrier, end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
-from run import Run, Stop
+from run import Collapse, Run, Stop
 from weights import write_aside
 
 DISTIL, REINFORCE = ("sft", "kd", "taid", "gkd", "distillm"), ("ppo", "grpo", "dgpo")
 PHASES = ("episodes", *DISTIL, *REINFORCE)
 DISTANCES = {"taid": "taid", "gkd": "reverse", "distillm": "skew"}  # from the teacher; of every other phase: forward
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
+COLLAPSED = 3  # exit status of a run that has collapsed and left its best weights
 # Before the first update the policy is the one that acted. Two layers stay below 1e-5 (a test); the largest gap seen in
 # 400 steps of the embedded world's models was 2.6e-5. The size is logged; a real mismatch stops the run.
 MAX_FIRST_LOG_RATIO = 1e-4
@@ -132,6 +134,7 @@ class TrainSettings(RolloutSettings):
     clip_eps: float = setting(0.2, "epsilon of Eq. 2")
     value_clip_eps: float = setting(0.5, "clip of the critic's change")
     entropy_weight: float = setting(0.001, "weight of the entropy bonus")
+    stop_on_collapse: bool = setting(True, "end a run whose score has halved, and leave its best weights")
     # both
     weight_decay: float = setting(0.01, "AdamW")
     grad_clip: float = setting(1.0, "largest norm of a gradient")
@@ -479,6 +482,8 @@ def reinforce(
         run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
                 passes=passes, rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         run.write_samples(step + 1, episodes, actor.tokenizer)
+        if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes)):
+            run.give_up(actor, signs)
         if run.is_over():
             break
     run.finish(actor)
@@ -709,6 +714,9 @@ def train(run: Run) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except Collapse as end:
+        print(f"train.py: {end}", file=sys.stderr)
+        sys.exit(COLLAPSED)
     except (ValueError, OSError, Stop) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
