@@ -12,7 +12,7 @@ FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test faults lint demo reproduce-main world clean
+.PHONY: help setup test faults lint demo reproduce world clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -44,8 +44,8 @@ lint: $(STAMP)    ## check style with ruff
 demo: $(STAMP)    ## the whole method on the embedded world: table, picture, episodes (minutes)
 	$(PY) reproduce.py demo
 
-reproduce-main: $(STAMP)  ## three seeds: DGPO against KD, KD continued, and PPO without the teacher (an hour)
-	$(PY) reproduce.py main
+reproduce: $(STAMP)  ## every row of the paper's tables, three seeds; interrupt it and call it again (hours)
+	$(PY) reproduce.py rows
 
 world: $(STAMP)   ## rebuild the shipped world: corpus, questions, tokenizer, encoder, teacher, student
 	$(PY) world.py build

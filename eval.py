@@ -207,11 +207,10 @@ def arcap_table(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in sort_sets({name for result in results for name in result["arcap"]}):
         lines.append([NAMES.get(name, name), "w/o", "w/ thinking", "first hit", "hit", "searches"])
-        for result in results:
-            values = result["arcap"].get(name, {})
+        for label, seeds in by_name(results).items():
             keys = ("without_thinking", "with_thinking", "first_hit", "hit", "searches")
-            cells = ["-" if math.isnan(v := values.get(key, math.nan)) else f"{v:.3f}" for key in keys]
-            lines.append([f"  {result['name']}", *cells])
+            means = [np.mean([seed["arcap"].get(name, {}).get(key, math.nan) for seed in seeds]) for key in keys]
+            lines.append([f"  {label}", *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means)])
     return align(lines)
 
 
@@ -219,17 +218,28 @@ def arcap_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], measure: str = "em") -> str:
-    """One row for each result, in the shape of the paper's Table 2."""
+    """One row for each name, in the shape of the paper's Table 2; several results of a name are seeds: their mean, and
+    the standard deviation of the average."""
     names = sort_sets({name for result in results for name in result["sets"]})
     lines = [["", *(NAMES.get(name, name) for name in names), "Avg."]]
     partial = False
-    for result in results:
-        sets, average = result["sets"], result["average"]
-        cells = [f"{sets[name][measure]:.3f}" if name in sets else "-" for name in names]
+    for label, seeds in by_name(results).items():
+        cells = [f"{np.mean([seed['sets'][name][measure] for seed in seeds]):.3f}"
+                 if all(name in seed["sets"] for seed in seeds) else "-" for name in names]
         mark = "*" if "-" in cells else ""
         partial |= bool(mark)
-        lines.append([result["name"], *cells, f"{average[measure]:.3f}{mark}"])
+        averages = [seed["average"][measure] for seed in seeds]
+        spread = f" \u00b1{np.std(averages, ddof=1):.3f}" if len(seeds) > 1 else ""
+        lines.append([label, *cells, f"{np.mean(averages):.3f}{spread}{mark}"])
     return align(lines) + ("\n* average over the sets shown in its row" if partial else "")
+
+
+def by_name(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results in the order of their names' first ones."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(result["name"], []).append(result)
+    return groups
 
 
 def details(result: dict[str, Any]) -> str:
@@ -287,6 +297,16 @@ def compare(
     for key, value in sides[0].items():
         differences.setdefault(key[0], []).append(value - sides[1][key])
     return bootstrap({name: np.array(differences[name]) for name in sort_sets(set(differences))})
+
+
+def compare_correct(
+    left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]
+) -> dict[str, tuple[float, float, float]]:
+    """left - right of recorded results, which hold a digit for each question: {"correct": {set: "0110..."}}."""
+    def mean(side: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+        return np.mean([np.array([*result["correct"][name]], float) for result in side], axis=0)
+
+    return bootstrap({name: mean(left, name) - mean(right, name) for name in sort_sets(set(left[0]["correct"]))})
 
 
 def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], float]:

@@ -1,24 +1,24 @@
 """Experiments: the whole method on the embedded world, as a demonstration and over three seeds.
 
     python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
-    python reproduce.py main      three seeds: DGPO against KD, KD continued for the same wall time, KD -> PPO
-                                  without the teacher; paired bootstrap intervals on all test questions
+    python reproduce.py rows      every row of the paper's tables, three seeds; --rows dgpo kd --seeds 0 for some
+    python reproduce.py report    the tables, orderings and times of what is recorded in docs/results/world
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
-again, so an interrupted call goes on where it stopped. Two cores are enough: processes have one thread each (models
-this small gain little from a second), so two jobs run side by side, or one job in two processes.
-Results: runs/demo and runs/main.
+again, and training is resumed, so an interrupted call goes on where it stopped. Two cores are enough: processes have
+one thread each (models this small gain little from a second), so two jobs run side by side, or one in two processes.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import eval as evaluation
 ROOT = Path(__file__).resolve().parent
 CORES = 2
 SEEDS = (0, 1, 2)
+COLLAPSED = 3  # exit status of a run that has collapsed: its best weights are its result
 DEMO_QUESTIONS = 200  # of each test set; experiment main takes all
 
 
@@ -38,6 +39,7 @@ class Job:
     done: Path  # the file whose presence says that the job has ended well
     needs: tuple[str, ...] = ()
     cores: int = 1
+    after: Callable[[], None] | None = None  # what is left to do here once the command has ended well
 
 
 def torchrun(processes: int) -> list[str]:
@@ -79,7 +81,9 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             ).returncode
-        if code or not job.done.exists():
+        if code in (0, COLLAPSED) and job.after:
+            job.after()
+        if code not in (0, COLLAPSED) or not job.done.exists():
             tail = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
         return job
@@ -137,76 +141,195 @@ def demo(runs: Path) -> None:
     print(f"Curve: {runs / 'curve.png'}. Everything took {time.perf_counter() - started:.0f} s.")
 
 
-METHODS = {"kd": "KD", "kd-continued": "KD continued", "ppo": "KD -> PPO, no teacher", "dgpo": "DGPO"}
+# ---- every row of the paper's tables ----
 
 
-def kd_continued(runs: Path, seed: int) -> list[str]:
-    """KD from where it ended, with as many steps as fit into the time DGPO took."""
-    kd, dgpo = runs / f"kd-{seed}", runs / f"dgpo-{seed}"
-    num_kd_steps = len((kd / "perf.jsonl").read_text().splitlines())
-    num_steps = math.ceil(seconds(dgpo) / (seconds(kd) / num_kd_steps))
-    epochs = json.loads((kd / "run.json").read_text())["settings"]["epochs"] * num_steps / num_kd_steps
-    command = ["train.py", "--phase", "kd", "--run-dir", str(runs / f"kd-continued-{seed}"), "--overwrite"]
-    command += ["--student", str(kd), "--episodes", str(runs / f"episodes-{seed}.jsonl"), "--seed", str(seed)]
-    return [*command, "--epochs", f"{epochs:.3f}"]
+@dataclass(frozen=True)
+class Row:
+    label: str
+    presets: tuple[str, ...] = ()  # after configs/world.toml
+    begins: str = ""  # the row whose model it starts from; empty: the plain student
+    flags: tuple[str, ...] = ()
 
 
-def main_jobs(runs: Path) -> list[Job]:
-    jobs: list[Job] = []
-    for seed in SEEDS:
-        episodes, kd, same_seed = runs / f"episodes-{seed}.jsonl", runs / f"kd-{seed}", ("--seed", str(seed))
-        ask_teacher = ["train.py", "--phase", "episodes", "--episodes", str(episodes), *same_seed]
-        jobs.append(Job(f"episodes {seed}", lambda flags=ask_teacher: flags, episodes))
-        taught = (f"episodes {seed}",)
-        jobs.append(train_job(f"kd {seed}", "kd", kd, "--episodes", str(episodes), *same_seed, needs=taught))
-        for name, phase, *flags in (("dgpo", "dgpo"), ("ppo", "ppo", "--kl-where", "none")):
-            flags = ("--student", str(kd), *flags, *same_seed)
-            jobs.append(train_job(f"{name} {seed}", phase, runs / f"{name}-{seed}", *flags, needs=(f"kd {seed}",)))
-        longer = runs / f"kd-continued-{seed}" / "model.safetensors"
-        jobs.append(Job(f"kd-continued {seed}", lambda seed=seed: kd_continued(runs, seed), longer, (f"dgpo {seed}",)))
-    for name in ("student", "teacher"):
-        jobs.append(eval_job(name.capitalize(), ROOT / "world" / name, runs / f"eval-{name}"))
-    for seed in SEEDS:
-        for method, name in METHODS.items():
-            model, out = runs / f"{method}-{seed}", runs / f"eval-{method}-{seed}"
-            jobs.append(eval_job(name, model, out, needs=(f"{method} {seed}",)))
+# What KD and DGPO take together, about, is what every other row gets: docs/results/world.md has the seconds.
+LONG_DISTILLATION, LONG_REINFORCEMENT = ("--epochs", "20"), ("--steps", "120")
+ROWS = {
+    "seqkd": Row("SeqKD", ("seqkd",), flags=("--epochs", "7")),
+    "kd": Row("KD", flags=("--phase", "kd")),
+    "kd-long": Row("KD, as long as DGPO", flags=("--phase", "kd", *LONG_DISTILLATION)),
+    "gkd": Row("GKD", ("gkd",)),
+    "distillm": Row("DistiLLM", ("distillm",), flags=LONG_DISTILLATION),
+    "taid": Row("TAID", ("taid",), flags=LONG_DISTILLATION),
+    "ppo": Row("PPO", ("ppo",), flags=LONG_REINFORCEMENT),
+    "grpo": Row("GRPO", ("grpo",), flags=LONG_REINFORCEMENT),
+    "sft-ppo": Row("SFT -> PPO", ("sft-ppo",), "seqkd"),
+    "dgpo": Row("DGPO", begins="kd", flags=("--phase", "dgpo")),
+    "without-cold-start": Row("(a) w/o cold start", ("without-cold-start",), flags=LONG_REINFORCEMENT),
+    "uniform-kl": Row("(b) uniform KL", ("uniform-kl",), "kd"),
+    "without-teacher": Row("(c) w/o teacher guidance", ("without-teacher",), "kd"),
+    "ppo-kd": Row("(d) PPO -> KD", ("ppo-kd",), "ppo"),
+    "dgpo-grpo": Row("DGPO with GRPO", ("dgpo-grpo",), "kd"),
+    "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd"),
+}
+GIVEN = {"student": "Student", "teacher": "Teacher"}
+TABLES = {
+    "Table 2": ("student", "teacher", "ppo", "sft-ppo", "gkd", "seqkd", "kd", "kd-long", "distillm", "taid", "dgpo"),
+    "Table 6": ("dgpo", "without-cold-start", "uniform-kl", "without-teacher", "ppo-kd"),
+    "Figure 6": ("dgpo", "dgpo-grpo", "without-cold-start", "gkd", "kd-gkd", "ppo", "grpo"),
+}
+ORDERINGS = [("kd", "seqkd"), *(("dgpo", row) for row in (
+    "kd", "kd-long", "ppo", "gkd", "distillm", "taid", "sft-ppo", "without-cold-start", "uniform-kl", "without-teacher",
+    "ppo-kd", "dgpo-grpo", "kd-gkd"))]  # fmt: skip
+CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guide", "rollout/searches",
+         "rollout/agent_tokens", "rollout/invalid", "rollout/max_tokens")  # fmt: skip
+
+
+def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Teacher episodes, training, evaluation and ARCap of these rows and of those they begin from; what is recorded
+    already is left out."""
+    jobs = []
+    for name in GIVEN:
+        out = runs / f"eval-{name}"
+        jobs += measure(name, GIVEN[name], ROOT / "world" / name, out, (), records / f"{name}.json")
+    for seed in seeds:
+        episodes = runs / f"episodes-{seed}.jsonl"
+        ask = ["train.py", "--phase", "episodes", "--episodes", str(episodes), "--seed", str(seed)]
+        jobs.append(Job(f"episodes {seed}", lambda ask=ask: ask, episodes))
+        for name in names:
+            row, folder = ROWS[name], runs / f"{name}-{seed}"
+            student = runs / f"{row.begins}-{seed}" if row.begins else ROOT / "world" / "student"
+            presets = [f"configs/{preset}.toml" for preset in ("world", *row.presets)]
+            command = ["train.py", "--config", *presets, *row.flags, "--student", str(student), "--episodes",
+                       str(episodes), "--run-dir", str(folder), "--seed", str(seed), "--save-every", "10", "--resume"]
+            needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
+            jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
+            jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
+                            records / f"{name}-{seed}.json")
     return jobs
 
 
-def main_report(runs: Path) -> str:
-    """Tables, and DGPO minus each other method with its interval."""
-    rows = [result(runs / f"eval-{name}") for name in ("student", "teacher")]
-    rows += [result(runs / f"eval-{method}-{seed}") for method in METHODS for seed in SEEDS]
-    report = ["Exact match, greedy; one row a seed\n", evaluation.table(rows), ""]
-    report.append("DGPO minus another: mean over seeds, 95 % paired bootstrap interval over questions\n")
-    ours = [runs / f"eval-dgpo-{seed}" / "result.json" for seed in SEEDS]
-    for method in ("kd", "kd-continued", "ppo"):
-        theirs = [runs / f"eval-{method}-{seed}" / "result.json" for seed in SEEDS]
-        for part, (mean, low, high) in evaluation.compare(ours, theirs).items():
-            report.append(f"{METHODS[method]:24} {part:16} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    report.append("")
-    times = {method: [round(seconds(runs / f"{method}-{seed}")) for seed in SEEDS] for method in METHODS}
-    report.append("Seconds of training, one thread: " + "; ".join(f"{METHODS[m]} {t}" for m, t in times.items()))
-    return "\n".join(report)
+def measure(name: str, label: str, model: Path, out: Path, needs: tuple[str, ...], record: Path) -> list[Job]:
+    """Exact match and ARCap of a model; both end in one file that the repository keeps."""
+    given = ["--model", str(model), "--name", label, "--out", str(out)]
+    return [
+        Job(f"eval {name}", lambda: ["eval.py", *given], out / "result.json", needs),
+        Job(f"arcap {name}", lambda: ["eval.py", "arcap", *given, "--limit", "200"], record, (f"eval {name}",),
+            after=lambda: write_record(name, model, out, record)),
+    ]
 
 
-def main_comparison(runs: Path) -> None:
-    run_jobs(main_jobs(runs), runs / "logs")
-    (runs / "report.txt").write_text(main_report(runs) + "\n")
-    curves = [runs / f"{method}-{seed}" / "metrics.jsonl" for method in ("kd", "dgpo", "ppo") for seed in SEEDS]
-    evaluation.plot_curves(curves, runs / "curves.png")
-    print(main_report(runs))
+def write_record(name: str, model: Path, out: Path, record: Path) -> None:
+    """What tables, intervals and plots need of a run, in one file."""
+    row, *seed = name.split()
+    rows = [json.loads(line) for line in (out / "result.jsonl").read_text().splitlines()]
+    correct: dict[str, str] = {}
+    for scored in rows:
+        correct[scored["set"]] = correct.get(scored["set"], "") + str(int(scored["em"]))
+    found = result(out) | {"row": row, "seed": int(seed[0]) if seed else None, "correct": correct}
+    found["arcap"] = json.loads((out / "arcap.json").read_text())["arcap"]
+    found |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread a process"}
+    if (model / "run.json").exists():
+        about = json.loads((model / "run.json").read_text())
+        metrics, perf = (
+            [json.loads(line) for line in (model / f"{kind}.jsonl").read_text().splitlines()]
+            for kind in ("metrics", "perf"))
+        found |= {"train": about, "num_steps": len(metrics), "train_s": seconds(model)}
+        found["step_s"] = {key: sum(r[key] for r in perf) / len(perf) for key in ("rollout_s", "score_s", "update_s")
+                           if key in perf[0]}
+        found["collapsed"] = len(metrics) < max(1, about["settings"]["steps"]) and "rollout/score" in metrics[-1]
+        found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in CURVE if m.get(key) is not None}
+                          for m in metrics if any(key in m for key in CURVE)]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=None) + "\n")
+    partial.replace(record)
+
+
+def read_records(records: Path) -> dict[str, list[dict]]:
+    """The recorded runs of each row, by seed."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["row"], []).append(record)
+    return found
+
+
+def report(records: Path) -> str:
+    """The tables, every ordering that the paper claims, times and stability, from what is recorded."""
+    found = read_records(records)
+    lines = []
+    for title, names in TABLES.items():
+        present = [record for name in names for record in found.get(name, [])]
+        if present:
+            lines += [f"{title}, exact match, greedy; mean over seeds, standard deviation of the average\n",
+                      evaluation.table(present), ""]
+    present = [record for name in TABLES["Table 2"] for record in found.get(name, [])]
+    lines += ["ARCap (Table 5), 200 questions a set\n", evaluation.arcap_table(present), ""]
+    lines += ["Orderings that the paper claims: difference of the averages over sets, paired 95 % interval\n"]
+    for left, right in ORDERINGS:
+        if found.get(left) and found.get(right):
+            lines.append(verdict(found[left], found[right]))
+    lines += ["", "Training, seconds on one thread; best and last sampled score of a step (mean of 5), collapses\n"]
+    for name, runs_of in found.items():
+        if name in ROWS:
+            took = ", ".join(f"{run['train_s']:.0f}" for run in runs_of)
+            ends = [stability(run["curve"]) for run in runs_of]
+            text = "; ".join(f"{best:.2f} -> {last:.2f}" for best, last in ends if not math.isnan(best))
+            collapsed = sum(run["collapsed"] for run in runs_of)
+            lines.append(f"{ROWS[name].label:26} {took:20} {text}  {collapsed} collapsed")
+    return "\n".join(lines)
+
+
+def verdict(left: list[dict], right: list[dict]) -> str:
+    """Whether left > right holds: the paired interval over questions excludes 0 and no seed disagrees."""
+    seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
+    left, right = ([run for run in side if run["seed"] in seeds] for side in (left, right))
+    mean, low, high = evaluation.compare_correct(left, right)["average"]
+    each = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
+    word = "undecided"
+    if low > 0 and min(each) > 0 or high < 0 and max(each) < 0:
+        word = "holds" if low > 0 else "reversed"
+    by_seed = ", ".join(f"{value:+.3f}" for value in each)
+    names = f"{left[0]['name']} > {right[0]['name']}"
+    return f"{names:34} {word:9} {mean:+.4f} [{low:+.4f}, {high:+.4f}]  seeds {by_seed}"
+
+
+def stability(curve: list[dict]) -> tuple[float, float]:
+    """(best, last) mean of five steps' sampled scores; NaN where nothing was sampled."""
+    scores = [point["rollout/score"] for point in curve if "rollout/score" in point]
+    means = [sum(scores[i : i + 5]) / 5 for i in range(len(scores) - 4)]
+    return (max(means), means[-1]) if means else (math.nan, math.nan)
+
+
+def rows(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run what is not recorded yet, rows in the order of ROWS, and print the report."""
+    wanted = set(names)
+    while missing := {ROWS[name].begins for name in wanted} - wanted - {""}:
+        wanted |= missing
+    jobs = row_jobs(runs, records, [name for name in ROWS if name in wanted], seeds)
+    run_jobs(jobs, runs / "logs")
+    print(report(records))
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=("demo", "main"))
+    parser.add_argument("experiment", choices=("demo", "rows", "report"))
     parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/<experiment>)")
+    parser.add_argument("--records", type=Path, default=ROOT / "docs" / "results" / "world",
+                        help="where the results are kept (default docs/results/world)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
     options = parser.parse_args(argv)
-    runs = options.runs or ROOT / "runs" / options.experiment
-    (demo if options.experiment == "demo" else main_comparison)(runs)
+    runs = (options.runs or ROOT / "runs" / options.experiment).resolve()
+    if options.experiment == "demo":
+        demo(runs)
+    elif options.experiment == "rows":
+        rows(runs, options.records, options.rows, options.seeds)
+    else:
+        print(report(options.records))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ What the world was built to contain (encyclopaedia.py says more; none of it is e
    pays is known to the reward alone.
 2. Student and teacher learn to read from encyclopaedias of other seeds, so that nothing is gained by remembering
    facts; these have none of the names of the shipped test half.
-3. The student is pretrained on copying lists and on notes and answers about passages it is shown, never on the
-   protocol: it has no tag in its training text and cannot search or answer.
+3. The student is pretrained on copying lists and on notes and answers about passages it is shown, then on a few
+   of the expert's demonstrations (GLIMPSES), as an instruction-tuned model has met tags and tools somewhere: it
+   answers about one question in a hundred (the paper's student: 0.006).
 4. Nothing was tuned on test questions.
 
 Texts are rebuilt byte for byte; tokenizers are not (their trainer breaks ties by chance), and so the weights differ.
@@ -73,6 +74,7 @@ WORDINGS = {"poor": 0.40, "medium": 0.30, "good": 0.30}
 SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
 DEMONSTRATIONS, DEMONSTRATION_WORLDS = 20_000, 40
 LIST_ROWS, READING_ROWS, ROWS_PER_WORLD = 6_000, 24_000, 150  # the student's pretraining, one after the other
+GLIMPSES = 1_100  # demonstrations that the student sees, once
 STUDENT_LAYERS, TEACHER_LAYERS = 3, 6
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -500,9 +502,12 @@ def build_models(seed: int = SEED) -> None:
     for number, texts in enumerate(("copying", "reading")):
         start, end = SCRATCH / f"student-{number}", SCRATCH / f"student-{number + 1}"
         sft(start, SCRATCH / f"{texts}.jsonl", end, batch_size=8, lr=3e-3, processes=1)
-    student = load_decoder(end)
-    save_decoder(student, tokenizer, WORLD / "student")
-    save_decoder(grow(student, TEACHER_LAYERS, seed=1), tokenizer, SCRATCH / "teacher-0")
+    reader = load_decoder(end)
+    glimpses = random.Random("glimpses").sample(read_jsonl(SCRATCH / "demonstrations.jsonl"), GLIMPSES)
+    write_jsonl(SCRATCH / "glimpses.jsonl", glimpses)
+    sft(end, SCRATCH / "glimpses.jsonl", SCRATCH / "student-3", batch_size=8, lr=2e-3, processes=1)
+    save_decoder(load_decoder(SCRATCH / "student-3"), tokenizer, WORLD / "student")
+    save_decoder(grow(reader, TEACHER_LAYERS, seed=1), tokenizer, SCRATCH / "teacher-0")
     texts, end = SCRATCH / "demonstrations.jsonl", SCRATCH / "teacher"
     sft(SCRATCH / "teacher-0", texts, end, batch_size=16, lr=2e-3, processes=2)
     save_decoder(load_decoder(end), tokenizer, WORLD / "teacher")

@@ -3,11 +3,16 @@
 Run: python -m pytest tests/test_reproduce.py
 """
 
+import json
 from pathlib import Path
 
 import pytest
 
-from reproduce import Job, run_jobs
+import config
+import eval as evaluation
+import reproduce
+import train
+from reproduce import COLLAPSED, ORDERINGS, ROWS, SEEDS, TABLES, Job, read_records, row_jobs, run_jobs, verdict
 
 
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
@@ -52,3 +57,77 @@ def test_a_job_that_ends_well_without_its_result_is_a_failure(tmp_path):
     silent = Job("silent", lambda: ["-c", "pass"], tmp_path / "never")
     with pytest.raises(RuntimeError, match="silent failed"):
         run_jobs([silent], tmp_path / "logs")
+
+
+def test_a_run_that_collapsed_counts_and_what_follows_a_job_is_done(tmp_path):
+    seen = []
+    bad = job(tmp_path, "bad", "pass")
+    script = f"open({str(tmp_path / 'bad.done')!r}, 'w'); import sys; sys.exit({COLLAPSED})"
+    run_jobs([Job(bad.name, lambda: ["-c", script], bad.done, after=lambda: seen.append(1))], tmp_path / "logs")
+    assert seen == [1] and COLLAPSED == train.COLLAPSED
+
+
+# ---- rows ----
+
+
+def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
+    phases = {}
+    for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0]):
+        program, *flags = job.flags()
+        if program == "train.py":
+            phases[job.name] = config.load(train.TrainSettings, flags, prog="train.py", description="",
+                                           default_config=None)  # fmt: skip
+    assert {name.split()[0] for name in phases} == {*ROWS, "episodes"}
+    for name, row in ROWS.items():
+        settings = phases[f"{name} 0"]
+        assert Path(settings.student).name == (f"{row.begins}-0" if row.begins else "student")
+        assert settings.run_dir.endswith(f"{name}-0") and settings.seed == 0
+    assert {phases[f"{name} 0"].phase for name in ROWS} == {*train.PHASES} - {"episodes"}
+    assert phases["uniform-kl 0"].kl_where == "all" and phases["without-teacher 0"].kl_where == "none"
+    assert phases["dgpo-grpo 0"].advantage == "group" and phases["dgpo-grpo 0"].phase == "dgpo"
+
+
+def test_tables_and_orderings_name_rows_that_exist():
+    known = {*ROWS, *reproduce.GIVEN}
+    assert {name for names in TABLES.values() for name in names} <= known
+    assert {name for pair in ORDERINGS for name in pair} <= known
+    assert all(row.begins in known | {""} for row in ROWS.values())
+
+
+def record(folder: Path, row: str, seed: int, shares: dict[str, float]) -> dict:
+    """A recorded run with the first share of each set's 500 questions right."""
+    correct = {name: "1" * int(500 * share) + "0" * (500 - int(500 * share)) for name, share in shares.items()}
+    sets = {name: {"em": share} for name, share in shares.items()}
+    found = {"name": ROWS[row].label, "row": row, "seed": seed, "correct": correct, "sets": sets, "collapsed": False}
+    found |= {"average": {"em": sum(shares.values()) / len(shares)}, "train_s": 10.0, "arcap": {"nq": {"hit": 0.5}},
+              "curve": [{"step": n, "rollout/score": 0.1 * n} for n in range(1, 8)]}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / f"{row}-{seed}.json").write_text(json.dumps(found))
+    return found
+
+
+@pytest.mark.parametrize(("others", "word"), [
+    ((0.5, 0.5, 0.5), "holds"), ((0.7, 0.7, 0.7), "reversed"), ((0.6, 0.6, 0.6), "undecided"),
+    ((0.4, 0.4, 0.65), "undecided"),  # a clear mean, but not every seed says so
+])  # fmt: skip
+def test_an_ordering_holds_when_the_interval_excludes_zero_and_the_seeds_agree(tmp_path, others, word):
+    ours = [record(tmp_path, "dgpo", seed, {"nq": 0.6, "musique": 0.6}) for seed in SEEDS]
+    theirs = [record(tmp_path, "kd", seed, {"nq": x, "musique": x}) for seed, x in zip(SEEDS, others, strict=True)]
+    line = verdict(ours, theirs)
+    assert line.startswith("DGPO > KD") and word in line
+
+
+def test_paired_intervals_are_of_the_same_questions(tmp_path):
+    ours, theirs = (record(tmp_path, "dgpo", 0, {"nq": share}) for share in (0.51, 0.5))
+    mean, low, high = evaluation.compare_correct([ours], [theirs])["average"]
+    assert mean == pytest.approx(0.01) and 0 < low < high < 0.03  # 5 of 500 differ, all to one side
+
+
+def test_the_report_says_what_is_recorded_and_leaves_out_what_is_not(tmp_path):
+    for seed in SEEDS:
+        record(tmp_path, "dgpo", seed, {"nq": 0.6 + 0.01 * seed})
+        record(tmp_path, "kd", seed, {"nq": 0.5})
+    assert set(read_records(tmp_path)) == {"dgpo", "kd"}
+    text = reproduce.report(tmp_path)
+    assert "0.610 \u00b10.010" in text and "DGPO > KD" in text and "holds" in text
+    assert "0.50 -> 0.50" in text and "GKD" not in text  # mean of the last five of 0.1 to 0.7
