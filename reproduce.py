@@ -153,7 +153,7 @@ class Row:
 
 
 # What KD and DGPO take together, about, is what every other row gets: docs/results/world.md has the seconds.
-LONG_DISTILLATION, LONG_REINFORCEMENT = ("--epochs", "20"), ("--steps", "120")
+LONG_DISTILLATION, LONG_REINFORCEMENT = ("--epochs", "14"), ("--steps", "80")
 ROWS = {
     "seqkd": Row("SeqKD", ("seqkd",), flags=("--epochs", "7")),
     "kd": Row("KD", flags=("--phase", "kd")),
