@@ -327,7 +327,8 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
 def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
     """Score against step, distillation at the left, reinforcement at the right: their steps are not comparable.
 
-    Thin lines: the rollouts' score; dots: validation. Runs whose folders differ only by a number share a colour.
+    Thin lines: the rollouts' score; dots: validation. Runs whose folders differ only by a number share a colour. paths:
+    metrics.jsonl of runs, or recorded results (reproduce.py) with a "curve".
     """
     try:
         import matplotlib
@@ -338,8 +339,12 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
 
     panels: dict[str, list[tuple[str, list[dict]]]] = {"distillation": [], "reinforcement": []}
     for path in map(Path, paths):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        method = re.sub(r"-\d+$", "", path.parent.name)
+        if path.suffix == ".json":
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rows, method = record.get("curve", []), record["name"]
+        else:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            method = re.sub(r"-\d+$", "", path.parent.name)
         if any("rollout/score" in row for row in rows):
             panels["reinforcement"].append((method, rows))
         elif any("eval/score" in row for row in rows):

@@ -2,7 +2,7 @@
 
     python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
     python reproduce.py rows      every row of the paper's tables, three seeds; --rows dgpo kd --seeds 0 for some
-    python reproduce.py report    the tables, orderings and times of what is recorded in docs/results/world
+    python reproduce.py report    tables, orderings, times and curves of what is recorded in docs/results/world
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
 again, and training is resumed, so an interrupted call goes on where it stopped. Two cores are enough: processes have
@@ -178,6 +178,7 @@ TABLES = {
     "Table 6": ("dgpo", "without-cold-start", "uniform-kl", "without-teacher", "ppo-kd"),
     "Figure 6": ("dgpo", "dgpo-grpo", "without-cold-start", "gkd", "kd-gkd", "ppo", "grpo"),
 }
+FIGURES = {"figure-4": ("ppo", "grpo"), "figure-6": TABLES["Figure 6"]}  # training curves
 ORDERINGS = [("kd", "seqkd"), *(("dgpo", row) for row in (
     "kd", "kd-long", "ppo", "gkd", "distillm", "taid", "sft-ppo", "without-cold-start", "uniform-kl", "without-teacher",
     "ppo-kd", "dgpo-grpo", "kd-gkd"))]  # fmt: skip
@@ -237,7 +238,8 @@ def write_record(name: str, model: Path, out: Path, record: Path) -> None:
         found |= {"train": about, "num_steps": len(metrics), "train_s": seconds(model)}
         found["step_s"] = {key: sum(r[key] for r in perf) / len(perf) for key in ("rollout_s", "score_s", "update_s")
                            if key in perf[0]}
-        found["collapsed"] = len(metrics) < max(1, about["settings"]["steps"]) and "rollout/score" in metrics[-1]
+        reinforces = about["settings"]["phase"] in ("ppo", "grpo", "dgpo")
+        found["collapsed"] = reinforces and len(metrics) < about["settings"]["steps"]
         found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in CURVE if m.get(key) is not None}
                           for m in metrics if any(key in m for key in CURVE)]
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +281,14 @@ def report(records: Path) -> str:
             collapsed = sum(run["collapsed"] for run in runs_of)
             lines.append(f"{ROWS[name].label:26} {took:20} {text}  {collapsed} collapsed")
     return "\n".join(lines)
+
+
+def plot(records: Path) -> None:
+    """The paper's figures of training curves, beside the records' folder."""
+    for figure, names in FIGURES.items():
+        paths = [path for name in names for path in sorted(records.glob(f"{name}-[0-9]*.json"))]
+        if paths:
+            evaluation.plot_curves(paths, records.with_name(f"{records.name}-{figure}.png"))
 
 
 def verdict(left: list[dict], right: list[dict]) -> str:
@@ -330,6 +340,7 @@ def main(argv: list[str]) -> None:
         rows(runs, options.records, options.rows, options.seeds)
     else:
         print(report(options.records))
+        plot(options.records)
 
 
 if __name__ == "__main__":

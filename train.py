@@ -229,7 +229,7 @@ def distil(
             method["share"], method["reference"] = distillm_share(
                 method["share"], loss, method["reference"], tolerance=settings.share_tolerance)
         # 1. batch: this process's share of the step's episodes; one draw for all processes says who writes them
-        u, author = np.random.default_rng((settings.seed, step)).random(), "teacher"
+        u, author = np.random.default_rng((settings.seed, step, 2)).random(), "teacher"
         if phase == "gkd" and u < settings.student_share:
             author = "student"
         elif phase == "distillm":

@@ -131,3 +131,13 @@ def test_the_report_says_what_is_recorded_and_leaves_out_what_is_not(tmp_path):
     text = reproduce.report(tmp_path)
     assert "0.610 \u00b10.010" in text and "DGPO > KD" in text and "holds" in text
     assert "0.50 -> 0.50" in text and "GKD" not in text  # mean of the last five of 0.1 to 0.7
+
+
+def test_curves_are_drawn_of_what_is_recorded(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "world"
+    record(folder, "dgpo", 0, {"nq": 0.6})
+    record(folder, "kd-gkd", 1, {"nq": 0.6})
+    reproduce.plot(folder)
+    assert (tmp_path / "world-figure-6.png").stat().st_size > 1000
+    assert not (tmp_path / "world-figure-4.png").exists()
