@@ -94,8 +94,8 @@ def digest(path: Path) -> str:
 
 
 def states(run_dir: Path) -> list[Path]:
-    """States of a run that were written to the end, oldest first."""
-    return sorted(p for p in (run_dir / "state").glob("step_*") if p.suffix != ".partial")
+    """States of a run that were written to the end and not put aside, oldest first."""
+    return sorted(p for p in (run_dir / "state").glob("step_*") if not p.suffix)
 
 
 def best_state(found: list[Path]) -> Path | None:
@@ -133,12 +133,13 @@ def damage(folder: Path) -> str:
 
 
 def newest_state(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest state without damage, and what was found wrong with newer ones."""
+    """The newest state without damage, and what was found wrong with newer ones, which are put aside."""
     problems = []
     for folder in reversed(states(run_dir)):
         if not (problem := damage(folder)):
             return folder, problems
         problems.append(problem)
+        folder.rename(folder.with_name(folder.name + ".damaged"))  # it would push out whole ones
     return None, problems
 
 

@@ -11,20 +11,20 @@ from collections.abc import Sequence
 WINDOW = 5  # steps that a number is averaged over
 FALL = 0.5  # of the best score: a fall below it is a collapse
 INVALID = 0.5  # share of episodes without an action, where it was below half of this before
-NUM_DEVIATIONS = 4  # a fall must exceed what chance does to a mean of so many episodes
+NUM_DEVIATIONS = 4  # a fall must exceed what chance does to a mean over so many questions
 TIMES = 3.0  # a change worth naming
 
 
-def signs_of_collapse(rows: Sequence[dict[str, float]], num_episodes: int) -> str:
+def signs_of_collapse(rows: Sequence[dict[str, float]], num_questions: int) -> str:
     """What has gone wrong in the last steps, and what to turn; empty: nothing.
 
-    rows: the metrics of all steps so far, oldest first; num_episodes of each step.
+    rows: the metrics of all steps so far, oldest first; num_questions of each step.
     """
     if len(rows) < 2 * WINDOW:
         return ""
     score, invalid = averages(rows, "rollout/score"), averages(rows, "rollout/max_tokens", "rollout/invalid")
     best = max(range(len(score)), key=lambda i: score[i])
-    chance = math.sqrt(2 * max(score[best] * (1 - score[best]), 0.0) / (WINDOW * num_episodes))
+    chance = math.sqrt(2 * max(score[best] * (1 - score[best]), 0.0) / (WINDOW * num_questions))
     seen = []
     if score[-1] < FALL * score[best] and score[best] - score[-1] > NUM_DEVIATIONS * chance:
         seen.append(f"the score fell from {score[best]:.3f} (steps {best + 1} to {best + WINDOW}) to {score[-1]:.3f}")
@@ -34,9 +34,10 @@ def signs_of_collapse(rows: Sequence[dict[str, float]], num_episodes: int) -> st
 
 
 def averages(rows: Sequence[dict[str, float]], *keys: str) -> list[float]:
-    """Moving average over WINDOW steps of a number, or of the sum of several; what is missing counts 0."""
-    values = [sum(row.get(key) or 0.0 for key in keys) for row in rows]
-    return [sum(values[i : i + WINDOW]) / WINDOW for i in range(len(values) - WINDOW + 1)]
+    """Moving average over WINDOW steps of a number, or of the sum of several; NaN where no step has it."""
+    values = [sum(row[key] for key in keys) if all(row.get(key) is not None for key in keys) else None for row in rows]
+    windows = [[v for v in values[i : i + WINDOW] if v is not None] for i in range(len(values) - WINDOW + 1)]
+    return [sum(window) / len(window) if window else math.nan for window in windows]
 
 
 def reasons(rows: Sequence[dict[str, float]], best: int) -> list[str]:

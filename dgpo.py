@@ -29,7 +29,8 @@ Departures from the paper and from the official code (omron-sinicx/dgpo), with r
  3. Every mean over tokens is one global mean: functions return (sum, count), the caller divides the sum by
     the token count of the whole mini-batch. The official code averages the means of its micro-batches.
  4. GRPO has no KL loss here: the penalty is part of the rewards, and so of a group's scores. The official mask
-    of Eq. 4 does not exist on the path with a KL loss.
+    of Eq. 4 does not exist on the path with a KL loss. In a group whose scores are equal the penalties alone differ,
+    and dividing by their deviation takes beta out: such groups follow the guide at full strength.
  5. TAID's relative change is that of KL(p_t || p), in the official code that of the cross-entropy, which contains
     p_t's entropy; t changes once an update, there also in validation and in each micro-batch.
  6. Masks: GAE, whitening and critic use the agent's tokens alone. The official code's masks also cover
@@ -156,10 +157,10 @@ def taid_update(
     sigmoid(m) is about 1/2, t leaves that line only in runs of more than 2 / alpha updates.
     """
     t, momentum = state.t, state.momentum
-    if state.loss is not None:
-        change = (state.loss - loss) / (state.loss + 1e-15)
+    if state.loss:  # none before the first update, 0 where target and student are one
+        change = (state.loss - loss) / state.loss
         momentum = beta * momentum + (1 - beta) * change
-        t += alpha / (1 + math.exp(-momentum)) * (1 - t)
+        t += alpha * 0.5 * (1 + math.tanh(momentum / 2)) * (1 - t)  # a sigmoid that does not overflow
     return Taid(min(end, max(start + (end - start) * progress, t)), momentum, loss)
 
 
@@ -254,13 +255,18 @@ def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int) ->
     """GRPO: an episode's total reward against those of the same question (Shao et al., 2024; Search-R1).
 
     A = (R - mean) / (std + 1e-6), unbiased std, on every response token; rows i * group_size to (i + 1) * group_size
-    are a group. Equal rewards give zeros. rewards, response_mask [B, T] -> [B, T].
+    are a group. Episodes without a response token (a failed search) do not count in their group; equal rewards, and
+    an episode that is left alone, give zeros. rewards, response_mask [B, T] -> [B, T].
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_advantages: got {len(rewards)} episodes in groups of {group_size}, expected whole "
                          "groups of at least 2")
     total = torch.where(response_mask, rewards, 0.0).sum(1).view(-1, group_size)  # [B / G, G]
-    advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-6)
+    counts = response_mask.any(1).view(-1, group_size)
+    n = counts.sum(1, keepdim=True)
+    centred = torch.where(counts, total - total.where(counts, 0.0).sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    advantages = centred / (std + 1e-6)
     return torch.where(response_mask, advantages.view(-1, 1), 0.0)
 
 

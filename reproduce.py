@@ -2,7 +2,7 @@
 
     python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
     python reproduce.py rows      every row of the paper's tables, three seeds; --rows dgpo kd --seeds 0 for some
-    python reproduce.py report    tables, orderings, times and curves of what is recorded in docs/results/world
+    python reproduce.py report    tables, orderings, times and curves of what is recorded
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
 again, and training is resumed, so an interrupted call goes on where it stopped. Two cores are enough: processes have
@@ -28,7 +28,6 @@ import eval as evaluation
 ROOT = Path(__file__).resolve().parent
 CORES = 2
 SEEDS = (0, 1, 2)
-COLLAPSED = 3  # exit status of a run that has collapsed: its best weights are its result
 DEMO_QUESTIONS = 200  # of each test set; experiment main takes all
 
 
@@ -52,7 +51,7 @@ def torchrun(processes: int) -> list[str]:
 def train_job(
     name: str, phase: str, folder: Path, *flags: str, needs: tuple[str, ...] = (), processes: int = 1
 ) -> Job:
-    command = [*torchrun(processes), "--phase", phase, "--run-dir", str(folder), "--overwrite", *flags]
+    command = [*torchrun(processes), "--phase", phase, "--run-dir", str(folder), "--resume", *flags]
     return Job(name, lambda: command, folder / "model.safetensors", needs, processes)
 
 
@@ -81,9 +80,11 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             ).returncode
-        if code in (0, COLLAPSED) and job.after:
+        if (job.done.parent / "collapse.txt").exists():
+            code = 0  # it has left its best weights, which are its result
+        if code == 0 and job.after:
             job.after()
-        if code not in (0, COLLAPSED) or not job.done.exists():
+        if code or not job.done.exists():
             tail = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
         return job
@@ -152,7 +153,7 @@ class Row:
     flags: tuple[str, ...] = ()
 
 
-# What KD and DGPO take together, about, is what every other row gets: docs/results/world.md has the seconds.
+# What KD and DGPO take together, about, is what every other row gets; the report has the seconds.
 LONG_DISTILLATION, LONG_REINFORCEMENT = ("--epochs", "14"), ("--steps", "80")
 ROWS = {
     "seqkd": Row("SeqKD", ("seqkd",), flags=("--epochs", "7")),
@@ -187,8 +188,7 @@ CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guid
 
 
 def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Teacher episodes, training, evaluation and ARCap of these rows and of those they begin from; what is recorded
-    already is left out."""
+    """Teacher episodes, training, evaluation and ARCap of these rows."""
     jobs = []
     for name in GIVEN:
         out = runs / f"eval-{name}"
@@ -260,6 +260,8 @@ def read_records(records: Path) -> dict[str, list[dict]]:
 def report(records: Path) -> str:
     """The tables, every ordering that the paper claims, times and stability, from what is recorded."""
     found = read_records(records)
+    if not found:
+        raise RuntimeError(f"{records}: got no recorded results, expected some; python reproduce.py rows makes them")
     lines = []
     for title, names in TABLES.items():
         present = [record for name in names for record in found.get(name, [])]
@@ -270,7 +272,7 @@ def report(records: Path) -> str:
     lines += ["ARCap (Table 5), 200 questions a set\n", evaluation.arcap_table(present), ""]
     lines += ["Orderings that the paper claims: difference of the averages over sets, paired 95 % interval\n"]
     for left, right in ORDERINGS:
-        if found.get(left) and found.get(right):
+        if {run["seed"] for run in found.get(left, [])} & {run["seed"] for run in found.get(right, [])}:
             lines.append(verdict(found[left], found[right]))
     lines += ["", "Training, seconds on one thread; best and last sampled score of a step (mean of 5), collapses\n"]
     for name, runs_of in found.items():
@@ -327,20 +329,20 @@ def main(argv: list[str]) -> None:
         prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=("demo", "rows", "report"))
-    parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/<experiment>)")
-    parser.add_argument("--records", type=Path, default=ROOT / "docs" / "results" / "world",
-                        help="where the results are kept (default docs/results/world)")
+    parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/demo, runs/rows)")
+    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
     options = parser.parse_args(argv)
-    runs = (options.runs or ROOT / "runs" / options.experiment).resolve()
+    runs = (options.runs or ROOT / "runs" / ("demo" if options.experiment == "demo" else "rows")).resolve()
+    records = options.records or runs / "records"
     if options.experiment == "demo":
         demo(runs)
     elif options.experiment == "rows":
-        rows(runs, options.records, options.rows, options.seeds)
+        rows(runs, records, options.rows, options.seeds)
     else:
-        print(report(options.records))
-        plot(options.records)
+        print(report(records))
+        plot(records)
 
 
 if __name__ == "__main__":

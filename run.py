@@ -6,6 +6,7 @@
     <run_dir>/samples/            episodes as text
     <run_dir>/state/              what --resume continues from
     <run_dir>/generated/          what the student wrote for its replay buffer (distillm)
+    <run_dir>/collapse.txt        what was seen, if the run ended by it
     <run_dir>/model.safetensors   the result, with config.json and the tokenizer's files
 
 Only rank 0 writes. Every process calls every method: some of them wait for the others.
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import config
-from checkpoint import best_state, cut_lines, flush, load_state, newest_state, save_state, states
+from checkpoint import best_state, cut_lines, damage, flush, load_state, newest_state, save_state, states
 from episode import Episode, episode_text
 from model import Tokenizer, save_decoder
 from parallel import barrier, full, sum_over_processes
@@ -97,8 +98,8 @@ class Run:
             if not settings.overwrite:
                 sys.exit(f"train.py: {self.dir} already holds a run; give --resume to continue it, "
                          "--overwrite to start again, or another --run-dir")
-            for path in [self.dir / "metrics.jsonl", self.dir / "perf.jsonl"]:
-                path.unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "perf.jsonl", "collapse.txt"):
+                (self.dir / name).unlink(missing_ok=True)
             for name in ("state", "generated"):
                 shutil.rmtree(self.dir / name, ignore_errors=True)
         if self.rank == 0:
@@ -131,7 +132,7 @@ class Run:
         step = self.agree(-1 if folder is None else int(folder.name.split("_")[1]))
         if step >= 0:
             meta = load_state(self.dir / "state" / f"step_{step:06d}", self.modules, self.optimizers)
-            self.steps_done, self.method = meta["step"], meta.get("method", {})
+            self.steps_done, self.score, self.method = meta["step"], meta["score"], meta["method"]
             if meta["num_processes"] != self.num_processes:
                 self.say(f"saved by {meta['num_processes']} processes, continued by {self.num_processes}: sums are "
                          "taken in another order from here on, so the numbers agree to rounding, not bit for bit")
@@ -178,7 +179,8 @@ class Run:
         """Write the state, lines of the log first: a state never knows more steps than they do."""
         if self.rank == 0 and self.steps_done:
             for name in ("metrics.jsonl", "perf.jsonl"):
-                flush(self.dir / name)
+                with suppress(OSError):  # the others are on their way to save_state, which reports a full disk
+                    flush(self.dir / name)
         meta = {"step": self.steps_done, "score": self.score, "num_processes": self.num_processes,
                 "method": self.method}
         save_state(self.dir, self.modules, self.optimizers, meta, writes=self.rank == 0)
@@ -248,14 +250,17 @@ class Run:
 
     def give_up(self, policy: Policy, signs: str) -> None:
         """End a run that has collapsed: what it leaves is the weights of its best validation, if states hold them."""
-        best = best_state(states(self.dir)) if self.rank == 0 else None
+        best = best_state([s for s in states(self.dir) if not damage(s)]) if self.rank == 0 else None
         step = self.agree(-1 if best is None else int(best.name.split("_")[1]))
         kept = f"{self.dir} holds the last weights: no state has a validation score (--save-every, --eval-every)"
         if step >= 0:
             load_state(self.dir / "state" / f"step_{step:06d}", self.modules, {})
             kept = f"{self.dir} holds the weights of step {step}, the best validation so far"
         self.finish(policy, saves_state=False)
-        raise Collapse(f"collapse after step {self.steps_done}: {signs}. {kept}")
+        text = f"collapse after step {self.steps_done}: {signs}. {kept}"
+        if self.rank == 0:
+            (self.dir / "collapse.txt").write_text(text + "\n", encoding="utf-8")
+        raise Collapse(text)
 
     def memory(self) -> str:
         """What memory went to, and the settings that change it, largest first."""

@@ -43,6 +43,7 @@ from collapse import signs_of_collapse
 from config import setting
 from data import Question, load_questions
 from dgpo import (
+    Moments,
     Taid,
     distillm_author,
     distillm_share,
@@ -220,6 +221,9 @@ def distil(
     first = run.start(num_steps, settings.batch_size, {"student": student.decoder}, {"student_adam": optimizer})
     buffer = read_generated(run, first, student.tokenizer) if phase == "distillm" else []
     for step in range(first, num_steps):
+        if run.score is not None and 0 < settings.until_score <= run.score:
+            run.say(f"sampled validation score {run.score:.3f} reached {settings.until_score}")
+            break
         progress, method = step / num_steps, run.method
         distance = {"kl_weight": settings.kl_weight, "kind": settings.distance, "mix": settings.mix}
         if phase == "taid":
@@ -278,9 +282,6 @@ def distil(
             metrics |= episode_metrics(share)
         metrics |= validate(step + 1, num_steps)
         run.log(step + 1, metrics, num_tokens=global_tokens, passes=len(groups))
-        if 0 < settings.until_score <= metrics.get("eval/score", -1):
-            run.say(f"sampled validation score {metrics['eval/score']:.3f} reached {settings.until_score}")
-            break
         if run.is_over():
             break
     run.finish(student)
@@ -420,6 +421,12 @@ def reinforce(
     critic_only_steps = settings.critic_only_steps if critic is not None else 0
     first = run.start(settings.steps, settings.minibatch_size, networks,
                       {f"{name}_adam": adam for name, adam in adams.items()})
+
+    def check_collapse() -> None:  # questions, not episodes: those of a group succeed and fail together
+        if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes // group_size)):
+            run.give_up(actor, signs)
+
+    check_collapse()  # of the steps that a resumed run has done
     for step in range(first, settings.steps):
         # 1. rollout: this process's share of the step's questions
         started = time.perf_counter()
@@ -440,7 +447,8 @@ def reinforce(
             advantages, returns = group_advantages(rewards, mask, group_size), old_values
         else:
             advantages, returns = gae(rewards, old_values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
-            stats = type(m := moments(advantages, mask))(*torch.tensor(sum_over_processes(*m), device=run.device))
+            sums_of_all = torch.tensor(sum_over_processes(*moments(advantages, mask)), dtype=torch.float64)
+            stats = Moments(*sums_of_all.to(run.device))
             advantages = whiten(advantages, mask, stats=stats)
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
@@ -472,18 +480,19 @@ def reinforce(
         # 5. log, validate, save
         metrics = episode_metrics(episodes) | token_metrics(
             episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
-        names = ["value_loss", "value_clip", "policy_loss", "clip_frac", "approx_kl", "entropy", "tokens"]
+        names = ["value_loss", "value_clip"] if "critic" in trained else []
+        names += ["policy_loss", "clip_frac", "approx_kl", "entropy"] if "actor" in trained else []
+        names.append("tokens")
         *totals, tokens = sum_over_processes(*(torch.tensor(sums.get(name, 0.0)) for name in names))
         metrics |= {f"loss/{name}": total / max(1, tokens) for name, total in zip(names, totals, strict=False)}
-        metrics |= {f"loss/{name}_grad_norm": norms[name][-1] if norms[name] else 0.0 for name in networks}
+        metrics |= {f"loss/{name}_grad_norm": norms[name][-1] for name in trained}
         metrics |= {"loss/skipped": run.check_norms(*norms["critic"], *norms["actor"]),
                     "loss/first_log_ratio": first_gap}  # of this process
         metrics |= validate(step + 1, settings.steps)
         run.log(step + 1, metrics, num_tokens=tokens / settings.ppo_epochs,
                 passes=passes, rollout_s=rollout_s, score_s=score_s, update_s=update_s)
         run.write_samples(step + 1, episodes, actor.tokenizer)
-        if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes)):
-            run.give_up(actor, signs)
+        check_collapse()
         if run.is_over():
             break
     run.finish(actor)
@@ -589,7 +598,8 @@ def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: l
     asked = [asdict(question) for question in questions]
     rules = {f.name: getattr(settings, f.name) for f in fields(RolloutSettings)} | {"seed": settings.seed}
     rules |= {"corpus": settings.corpus, "encoder": settings.encoder, "teacher_dtype": settings.teacher_dtype}
-    name = hashlib.sha256(json.dumps([weights, asked, rules]).encode()).hexdigest()[:8]
+    name = int(hashlib.sha256(json.dumps([weights, asked, rules]).encode()).hexdigest()[:8], 16)
+    name = f"{run.agree(name):08x}"  # other machines hold other copies of the weights
     parts = [path.with_name(f"{path.name}.{name}.part{k:05d}") for k in range(math.ceil(len(questions) / part_size))]
     with whole(teacher.decoder):
         for first in range(0, len(parts), run.num_processes):  # a part for each process, then they meet
@@ -640,10 +650,14 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
     phase = settings.phase
     if settings.phase == "taid" and settings.distance:
         raise ValueError(f"--distance {settings.distance}: got it for phase taid, whose target is its own; drop it")
+    advantage = settings.advantage or ("group" if phase == "grpo" else "gae")
+    if phase in REINFORCE and advantage == "group" and not 2 <= settings.group_size <= settings.prompts_per_step:
+        raise ValueError(f"--group-size {settings.group_size}: expected at least 2, and at most --prompts-per-step "
+                         f"({settings.prompts_per_step}), which counts episodes")
     return replace(
         settings, run_dir=settings.run_dir or f"runs/{phase}",
         kl_where=settings.kl_where or ("all" if phase in ("ppo", "grpo") else "wrong"),
-        advantage=settings.advantage or ("group" if phase == "grpo" else "gae"),
+        advantage=advantage,
         distance=settings.distance or ("forward" if phase not in DISTANCES else DISTANCES[phase]),
     )
 
@@ -689,7 +703,10 @@ def train(run: Run) -> None:
     if settings.phase in DISTIL:
         episodes = []
         if settings.phase != "gkd" or settings.student_share < 1:
-            if teacher and not Path(settings.episodes).exists():
+            if not run.agree(Path(settings.episodes).exists()):
+                if not teacher:
+                    raise ValueError(f"--episodes: got {settings.episodes}, which is not there, expected episodes to "
+                                     "learn from; --phase episodes makes the teacher's")
                 write_episodes(run, teacher, retriever, questions)
             episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
         if settings.shard != "none":

@@ -71,6 +71,21 @@ def test_a_number_that_is_not_one_or_is_missing_does_not_break_the_guard():
     assert "fell" in signs_of_collapse([*rows, *[row(0.1)] * WINDOW], EPISODES)
 
 
+def test_steps_that_trained_the_critic_alone_say_nothing_of_the_actor():
+    start = [row(0.9) for _ in range(WINDOW)]
+    for r in start[:4]:
+        del r["loss/entropy"], r["loss/approx_kl"]
+    signs = signs_of_collapse([*start, *[row(0.5)] * 6, *[row(0.1)] * WINDOW], EPISODES)
+    assert "fell from 0.900" in signs and "entropy" not in signs and "size of updates" not in signs
+
+
+def test_answers_to_one_question_that_agree_are_no_collapse():
+    draw = random.Random(1)
+    for _ in range(30):
+        rows = [row(sum(draw.random() < 0.1 for _ in range(25)) / 25) for _ in range(80)]  # groups of 5, all alike
+        assert all(signs_of_collapse(rows[:n], 25) == "" for n in range(10, 81, 5))
+
+
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_run_that_collapses_leaves_its_best_weights(mini, tmp_path, monkeypatch, saves):
     real = Run.log

@@ -369,6 +369,10 @@ def test_taid_update_by_hand():
     momentum = 0.9 * 0.1 + 0.1 * 0.25  # the loss fell by a quarter
     assert state.momentum == pytest.approx(momentum) and state.loss == 1.5
     assert state.t == pytest.approx(0.5 + 0.1 * 0.5 / (1 + math.exp(-momentum)))
+    steep = dgpo.taid_update(dgpo.Taid(0.4, 0.0, 1e-9), 5.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    assert steep.t == 0.4  # a loss that explodes takes no step, and breaks nothing
+    none = dgpo.taid_update(dgpo.Taid(0.0, 0.2, 0.0), 5.0, progress=0.0, start=0.0, end=1.0, alpha=0.1, beta=0.9)
+    assert none.t == 0.0  # nothing to compare with: target and student were one
     first = dgpo.taid_update(dgpo.Taid(0.4), 3.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
     assert first == dgpo.Taid(0.4, 0.0, 3.0)  # nothing to compare with: the line alone
 
@@ -413,6 +417,9 @@ def test_group_advantages_count_the_penalties_of_the_mask_alone_and_refuse_broke
     torch.testing.assert_close(dgpo.group_advantages(elsewhere, mask, 3), dgpo.group_advantages(rewards, mask, 3))
     per_episode = torch.stack([row[m][0] for row, m in zip(dgpo.group_advantages(rewards, mask, 3), mask, strict=True)])
     torch.testing.assert_close(per_episode.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+    failed = torch.tensor([[True, True], [True, True], [False, False], [False, False], [True, True], [False, False]])
+    given = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None] * torch.tensor([0.0, 1.0])
+    assert dgpo.group_advantages(given, failed, 3).abs().max() == 0  # a failed search is no wrong answer
     for size in (1, 4):
         with pytest.raises(ValueError, match="whole groups"):
             dgpo.group_advantages(rewards, mask, size)

@@ -160,6 +160,11 @@ def test_a_damaged_state_is_noticed_and_passed_over_for_the_one_before(mini, tmp
     assert [folder.name for folder in states(tmp_path / "run")] == ["step_000005", "step_000006"]
     harm(states(tmp_path / "run")[-1])
     assert run(mini, tmp_path / "run", *flags, "--resume") == whole
+    is_whole = harm is damage_none
+    assert [folder.name for folder in states(tmp_path / "run")] == ["step_000005", "step_000006"]
+    # What was damaged is put aside: it does not count among those that are kept.
+    aside = [*(tmp_path / "run" / "state").glob("*.damaged")]
+    assert len(aside) == (not is_whole and harm is not leave_a_partial_one)
     said = capsys.readouterr()
     resumed_at = 6 if harm is damage_none else 5
     assert f"after step {resumed_at}" in said.out + said.err

@@ -12,7 +12,7 @@ import config
 import eval as evaluation
 import reproduce
 import train
-from reproduce import COLLAPSED, ORDERINGS, ROWS, SEEDS, TABLES, Job, read_records, row_jobs, run_jobs, verdict
+from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, Job, read_records, row_jobs, run_jobs, verdict
 
 
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
@@ -61,10 +61,20 @@ def test_a_job_that_ends_well_without_its_result_is_a_failure(tmp_path):
 
 def test_a_run_that_collapsed_counts_and_what_follows_a_job_is_done(tmp_path):
     seen = []
-    bad = job(tmp_path, "bad", "pass")
-    script = f"open({str(tmp_path / 'bad.done')!r}, 'w'); import sys; sys.exit({COLLAPSED})"
-    run_jobs([Job(bad.name, lambda: ["-c", script], bad.done, after=lambda: seen.append(1))], tmp_path / "logs")
-    assert seen == [1] and COLLAPSED == train.COLLAPSED
+    script = f"open({str(tmp_path / 'done')!r}, 'w'); import sys; sys.exit(1)"  # torchrun's status, whatever the cause
+    failing = Job("run", lambda: ["-c", script], tmp_path / "done", after=lambda: seen.append(1))
+    with pytest.raises(RuntimeError, match="run failed"):
+        run_jobs([failing], tmp_path / "logs")
+    assert not seen
+    (tmp_path / "done").unlink()
+    (tmp_path / "collapse.txt").write_text("the score fell")
+    run_jobs([failing], tmp_path / "logs")
+    assert seen == [1]
+
+
+def test_a_report_without_records_says_how_to_make_them(tmp_path):
+    with pytest.raises(RuntimeError, match="reproduce.py rows"):
+        reproduce.report(tmp_path)
 
 
 # ---- rows ----

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_train.py
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
+import config
 import dgpo
 import train
 from checkpoint import states
@@ -508,6 +510,8 @@ def test_the_phase_switches_when_the_sampled_score_is_reached(mini, tmp_path, mo
     monkeypatch.setattr(Episode, "score", property(lambda self: 1.0))
     rows = run(mini, tmp_path / "run", "--phase", "kd", "--until-score", "0.9", "--epochs", "20")
     assert len(rows) == 2  # the first validation
+    again = run(mini, tmp_path / "run", "--phase", "kd", "--until-score", "0.9", "--epochs", "20", "--resume")
+    assert again == rows  # done is done
 
 
 def test_the_ratio_is_one_before_the_first_update_of_every_step(mini, tmp_path):
@@ -550,6 +554,31 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"loss/first_log_ratio"}:
             assert b[key] == pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE), key
+
+
+def test_sft_without_episodes_says_where_they_come_from(mini, tmp_path):
+    with pytest.raises(ValueError, match="absent, which is not there.*--phase episodes"):
+        run(mini, tmp_path / "run", "--phase", "sft", "--episodes", str(tmp_path / "absent"))
+
+
+def test_groups_that_cannot_be_are_refused_before_anything_is_played(mini, tmp_path):
+    for size in ("1", "9"):
+        with pytest.raises(ValueError, match=f"--group-size {size}"):
+            run(mini, tmp_path / "run", "--phase", "grpo", "--group-size", size)
+
+
+@pytest.mark.parametrize("pair", ["qwen2.5-3b-0.5b", "qwen2.5-7b-0.5b", "llama3-8b-1b"])
+@pytest.mark.parametrize(("flags", "student"), [
+    (["--phase", "kd"], None), (["--phase", "dgpo"], "runs/kd"), (["configs/uniform-kl.toml"], "runs/kd"),
+    (["configs/ppo.toml"], None), (["configs/sft-ppo.toml"], "runs/seqkd"), (["configs/ppo-kd.toml"], "runs/ppo"),
+])  # fmt: skip
+def test_presets_of_the_papers_pairs_begin_where_they_say(pair, flags, student):
+    pair = ROOT / "configs" / f"{pair}.toml"
+    given = ["--config", str(ROOT / "configs" / "paper.toml"), str(pair), *(
+        [str(ROOT / flags[0])] if flags[0].startswith("configs") else flags)]  # fmt: skip
+    settings = config.load(train.TrainSettings, given, prog="train.py", description="")
+    plain = re.search('^student = "(.*)"', pair.read_text(), re.MULTILINE)[1]
+    assert settings.student == (student or plain) and settings.max_turns == 4 and settings.beta == 0.001
 
 
 def test_a_mistyped_flag_names_its_nearest_match():
