@@ -136,6 +136,9 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Atomic: a reader, or a crash, leaves the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial{os.getpid()}")
     write(partial)
+    umask = os.umask(0)
+    os.umask(umask)  # the one way to read it is to set it
+    partial.chmod(0o666 & ~umask)  # as any program's file: safetensors writes for the owner alone
     os.replace(partial, path)
 
 

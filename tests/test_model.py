@@ -24,6 +24,7 @@ from model import (
     save_encoder,
     shift,
 )
+from weights import save_tensors
 
 LOGIT_TOLERANCE = 1e-5  # fp32, logits of size 1
 CACHE_TOLERANCE = 1e-5  # fp32, states of size 1: another order of summation
@@ -604,3 +605,12 @@ def test_minilm_equals_transformers_with_mean_pooling() -> None:
     vectors = encoder.embed(texts, kind="query")
     torch.testing.assert_close(vectors, expected, atol=LOGIT_TOLERANCE, rtol=0)
     assert vectors[1] @ vectors[2] > 0.7 > 0.2 > vectors[0] @ vectors[1]
+
+
+def test_a_saved_model_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_tensors(tmp_path, {"model_type": "qwen2"}, {"w": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
