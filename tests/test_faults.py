@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_train import mini, run  # noqa: F401
 
+import play
 import train
 from checkpoint import newest_state, states
 from episode import Episode
@@ -248,7 +249,7 @@ class Broken(OSError):
 
 
 def test_episodes_whose_search_failed_are_left_out_and_a_silent_retriever_ends_the_run(mini, tmp_path, monkeypatch):
-    real = train.generate
+    real = play.generate
 
     def some_fail(*given, **options):
         episodes = real(*given, **options)
@@ -256,7 +257,7 @@ def test_episodes_whose_search_failed_are_left_out_and_a_silent_retriever_ends_t
             episode.status = "search_error"
         return episodes
 
-    monkeypatch.setattr(train, "generate", some_fail)
+    monkeypatch.setattr(play, "generate", some_fail)
     rows = run(mini, tmp_path / "some", "--phase", "dgpo", "--steps", "2")
     assert [row["rollout/search_error"] for row in rows] == [0.25, 0.25]
     assert all(value is not None for row in rows for value in row.values())
@@ -267,7 +268,7 @@ def test_episodes_whose_search_failed_are_left_out_and_a_silent_retriever_ends_t
             episode.status = "search_error"
         return episodes
 
-    monkeypatch.setattr(train, "generate", all_fail)
+    monkeypatch.setattr(play, "generate", all_fail)
     with pytest.raises(Stop, match="retriever failed in 8 of 8 episodes"):
         run(mini, tmp_path / "all", "--phase", "dgpo", "--steps", "2")
 
@@ -317,8 +318,8 @@ def test_teacher_episodes_of_other_settings_are_not_taken_for_these(mini, tmp_pa
     path = tmp_path / "made.jsonl"
     flags = ["--phase", "episodes", "--episodes", str(path)]
     seen = []
-    real = train.generate
-    monkeypatch.setattr(train, "generate", lambda *given, **options: seen.append(1) or real(*given, **options))
+    real = play.generate
+    monkeypatch.setattr(play, "generate", lambda *given, **options: seen.append(1) or real(*given, **options))
     unlink, kept = Path.unlink, []
 
     def keep_parts(self: Path, **options: bool) -> None:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 import config
 import dgpo
+import play
 import train
 from checkpoint import states
 from episode import Episode, Packed, collate, load_episodes, pack
@@ -490,13 +491,13 @@ def test_distillm_needs_episodes_to_set_apart(mini, tmp_path):
 
 
 def test_grpo_plays_groups_of_a_question_and_has_no_critic(mini, tmp_path, monkeypatch):
-    groups, real = [], train.generate
+    groups, real = [], play.generate
 
     def spy(policy, retriever, questions, *given, **options):
         groups.append(([q.id for q in questions], options["first_episode"]))
         return real(policy, retriever, questions, *given, **options)
 
-    monkeypatch.setattr(train, "generate", spy)
+    monkeypatch.setattr(play, "generate", spy)
     flags = ["--phase", "grpo", "--group-size", "3", "--eval-every", "0"]
     rows = run(mini, tmp_path / "run", *flags)
     for step, (ids, first) in enumerate(groups):
