@@ -294,13 +294,13 @@ def plot(records: Path) -> None:
 
 
 def verdict(left: list[dict], right: list[dict]) -> str:
-    """Whether left > right holds: the paired interval over questions excludes 0 and no seed disagrees."""
+    """Whether left > right holds: the paired interval over questions excludes 0 and no seed of several disagrees."""
     seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
     left, right = ([run for run in side if run["seed"] in seeds] for side in (left, right))
     mean, low, high = evaluation.compare_correct(left, right)["average"]
     each = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
-    word = "undecided"
-    if low > 0 and min(each) > 0 or high < 0 and max(each) < 0:
+    word = "undecided" if len(each) > 1 else "one seed"
+    if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
         word = "holds" if low > 0 else "reversed"
     by_seed = ", ".join(f"{value:+.3f}" for value in each)
     names = f"{left[0]['name']} > {right[0]['name']}"

@@ -125,6 +125,7 @@ def test_an_ordering_holds_when_the_interval_excludes_zero_and_the_seeds_agree(t
     theirs = [record(tmp_path, "kd", seed, {"nq": x, "musique": x}) for seed, x in zip(SEEDS, others, strict=True)]
     line = verdict(ours, theirs)
     assert line.startswith("DGPO > KD") and word in line
+    assert "one seed" in verdict(ours[:1], theirs)
 
 
 def test_paired_intervals_are_of_the_same_questions(tmp_path):
