@@ -142,7 +142,7 @@ def generate(
     first turn; forced: text that this turn begins with, "<answer>" for example.
     """
     episodes = [Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt)]) for q in questions]
-    opening = policy.tokenizer.encode(forced)
+    opening = policy.tokenizer.encode(forced) if forced else []
     for episode, ids in zip(episodes, shown or [[]] * len(episodes), strict=True):
         if given := [*ids, *opening]:
             episode.segments.append(Segment("environment", given))

@@ -611,11 +611,9 @@ def train(run: Run) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except Collapse as end:
-        print(f"train.py: {end}", file=sys.stderr)
-        sys.exit(COLLAPSED)
     except (ValueError, OSError, Stop) as error:
-        sys.exit(f"train.py: {error}")
+        print(f"train.py: {error}", file=sys.stderr, flush=True)  # at once: torchrun soon ends what outlives a process
+        sys.exit(COLLAPSED if isinstance(error, Collapse) else 1)
     except KeyboardInterrupt:
         sys.exit("train.py: stopped at once; --resume continues from the last state")
     finally:
