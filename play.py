@@ -129,9 +129,9 @@ def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: l
                 episodes = generate(teacher, retriever, questions[k * part_size : (k + 1) * part_size], settings,
                                     seed=settings.seed, first_episode=k * part_size,
                                     progress=f"teacher episodes {k + 1}/{len(parts)}")
-                check = [e for e in episodes if e.status == "search_error"]
-                if 2 * len(check) > len(episodes):
-                    raise Stop(f"the retriever failed in {len(check)} of {len(episodes)} episodes, see above why")
+                failed = sum(e.status == "search_error" for e in episodes)
+                if 2 * failed > len(episodes):
+                    raise Stop(f"the retriever failed in {failed} of {len(episodes)} episodes, see above why")
                 save_episodes(parts[k], episodes, teacher.tokenizer)
             run.is_over()
     if run.rank == 0:

@@ -151,15 +151,15 @@ class Run:
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         self.steps_done, self.score = step, metrics.get("eval/score")
-        self.history.append(metrics)
+        # JSON has no NaN: what is not finite is null, in the file and so, after a resume, in the history
+        finite = {key: value if abs(value) < float("inf") else None for key, value in metrics.items()}
+        self.history.append(finite)
         every = self.settings.save_every
         if self.rank == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
             gpu = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
             perf = {"step": step, "seconds": seconds, "tokens_per_s": num_tokens / seconds, **perf,
                     "peak_memory_gib": peak, "peak_gpu_gib": gpu}
-            # JSON has no NaN: what is not finite is null
-            finite = {key: value if abs(value) < float("inf") else None for key, value in metrics.items()}
             for name, row in (("metrics.jsonl", {"step": step, **finite}), ("perf.jsonl", perf)):
                 with (self.dir / name).open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -236,12 +236,13 @@ def distil(
             share, _ = play(run, student, retriever, questions, step, settings.batch_size)
             if phase == "distillm":
                 buffer = (buffer + write_generated(run, step, share, student.tokenizer))[-settings.buffer_size :]
+        elif author == "student before":
+            drawn = shuffled(len(buffer), settings.seed, step, 1)[: settings.batch_size]
+            share = [buffer[i] for i in drawn][run.rank :: run.num_processes]
         else:
-            source = episodes if author == "teacher" else buffer
-            seeds = (step // per_epoch,) if author == "teacher" else (step, 1)
-            order = shuffled(len(source), settings.seed, *seeds)
-            at = step % per_epoch * settings.batch_size if author == "teacher" else 0
-            share = [source[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
+            order = shuffled(len(episodes), settings.seed, step // per_epoch)
+            at = step % per_epoch * settings.batch_size
+            share = [episodes[i] for i in order[at : at + settings.batch_size]][run.rank :: run.num_processes]
         # What a student wrote ends where it stopped writing, and is no target of a cross-entropy.
         end_of_turn = student.tokenizer.eos_id if author == "teacher" else None
         batch = collate(share, pad_id=student.tokenizer.pad_id, end_of_turn=end_of_turn).to(run.device)
@@ -266,9 +267,10 @@ def distil(
                    "loss/skipped": run.check_norms(grad_norm)}
         if phase == "taid":
             metrics["loss/taid_t"] = method["taid"][0]
-            method["taid"] = taid_update(
-                Taid(*method["taid"]), apart, progress=(step + 1) / num_steps, start=settings.taid_start,
-                end=settings.taid_end, alpha=settings.taid_alpha, beta=settings.taid_beta)
+            if math.isfinite(apart):  # or t would be lost for good
+                method["taid"] = taid_update(
+                    Taid(*method["taid"]), apart, progress=(step + 1) / num_steps, start=settings.taid_start,
+                    end=settings.taid_end, alpha=settings.taid_alpha, beta=settings.taid_beta)
         if phase == "distillm":
             metrics["loss/student_share"] = method["share"]
         if author == "student":
@@ -382,7 +384,7 @@ def reinforce(
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
         trained = [name for name in reversed(networks) if name == "critic" or step >= critic_only_steps]
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         norms, passes, first_gap = {"actor": [], "critic": []}, 0, 0.0
         for epoch in range(settings.ppo_epochs):
             rows = shuffled(num_episodes, settings.seed, step, epoch)  # of all processes
@@ -397,10 +399,10 @@ def reinforce(
                     packed = pack(batch, group, lengths)
                     done = backward(actor, critic, packed, *old, max(1, num_tokens), trained, settings)
                     if epoch == 0 and k == 0:
-                        first_gap = max(first_gap, done["gap"])
+                        first_gap = max(first_gap, done["gap"].item())
                         check_first_gap(first_gap, step)
                     for name, value in done.items():
-                        sums[name] = sums.get(name, 0.0) + value
+                        sums[name] = sums.get(name, 0.0) + value.double()  # fetched once, after the updates
                 for name in trained:
                     done_steps = step + 1 - (critic_only_steps if name == "actor" else 0)
                     lr = rates[name] * min(1, done_steps / max(1, warmups[name]))
@@ -412,7 +414,7 @@ def reinforce(
         names = ["value_loss", "value_clip"] if "critic" in trained else []
         names += ["policy_loss", "clip_frac", "approx_kl", "entropy"] if "actor" in trained else []
         names.append("tokens")
-        *totals, tokens = sum_over_processes(*(torch.tensor(sums.get(name, 0.0)) for name in names))
+        *totals, tokens = sum_over_processes(*(sums.get(name, torch.zeros(())) for name in names))
         metrics |= {f"loss/{name}": total / max(1, tokens) for name, total in zip(names, totals, strict=False)}
         metrics |= {f"loss/{name}_grad_norm": norms[name][-1] for name in trained}
         metrics |= {"loss/skipped": run.check_norms(*norms["critic"], *norms["actor"]),
@@ -431,26 +433,25 @@ def backward(
     actor: Policy, critic: Critic | None, packed: Packed,
     old_logprobs: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor,
     num_tokens: float, trained: list[str], settings: TrainSettings,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Gradients of Eq. 2 and of the critic's loss over the response tokens of a pass, as a share of the mini-batch's
     num_tokens; returns sums for the log. old_logprobs to returns: [N]."""
     here = torch.ones_like(old_logprobs, dtype=torch.bool)  # all of them are under the mask
-    sums = {"tokens": float(len(here)), "gap": 0.0}
+    sums = {"tokens": here.sum()}
     if critic is not None:
         values = critic.values(packed.ids, packed.documents)[packed.response_mask]
         of_critic = value_loss(values, old_values, returns, here, clip_eps=settings.value_clip_eps)
         (of_critic.loss / num_tokens).backward()
-        sums |= {"value_loss": of_critic.loss.item(), "value_clip": of_critic.clip_frac.item()}
+        sums |= {"value_loss": of_critic.loss.detach(), "value_clip": of_critic.clip_frac}
     if "actor" in trained:
         logprobs, entropy = token_logprobs(actor, packed)
         of_actor = policy_loss(logprobs, old_logprobs, advantages, here, clip_eps=settings.clip_eps, entropy=entropy,
                                entropy_weight=settings.entropy_weight)
         (of_actor.loss / num_tokens).backward()
-        sums |= {"policy_loss": of_actor.loss.item(), "clip_frac": of_actor.clip_frac.item(),
-                 "approx_kl": of_actor.approx_kl.item(), "entropy": entropy.detach().sum().item()}
-        if len(logprobs):
-            sums["gap"] = (logprobs.detach() - old_logprobs).abs().max().item()
-    return sums
+        sums |= {"policy_loss": of_actor.loss.detach(), "clip_frac": of_actor.clip_frac,
+                 "approx_kl": of_actor.approx_kl, "entropy": entropy.detach().sum()}
+    gap = (logprobs.detach() - old_logprobs).abs() if "actor" in trained else torch.zeros(1)
+    return sums | {"gap": gap.max() if len(gap) else torch.zeros(())}
 
 
 def check_first_gap(gap: float, step: int) -> None:

@@ -24,7 +24,6 @@ import train
 from checkpoint import newest_state, states
 from episode import Episode
 from model import load_decoder
-from retriever import Retriever
 from run import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,10 +243,6 @@ def test_gradients_that_stay_broken_end_the_run_with_the_last_good_state(
 # ---- the world around ----
 
 
-class Broken(OSError):
-    pass
-
-
 def test_episodes_whose_search_failed_are_left_out_and_a_silent_retriever_ends_the_run(mini, tmp_path, monkeypatch):
     real = play.generate
 
@@ -271,12 +266,6 @@ def test_episodes_whose_search_failed_are_left_out_and_a_silent_retriever_ends_t
     monkeypatch.setattr(play, "generate", all_fail)
     with pytest.raises(Stop, match="retriever failed in 8 of 8 episodes"):
         run(mini, tmp_path / "all", "--phase", "dgpo", "--steps", "2")
-
-
-def test_a_retriever_that_raises_ends_episodes_not_the_engine(mini, tmp_path, monkeypatch):
-    monkeypatch.setattr(Retriever, "search", lambda *_: (_ for _ in ()).throw(Broken("the index is away")))
-    rows = run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "1", "--eval-every", "0")
-    assert len(rows) == 1  # random students seldom search
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0], ids=["all wrong", "all correct"])

@@ -447,6 +447,19 @@ def test_taid_moves_its_target_from_the_student_to_the_teacher(mini, tmp_path, d
     assert [d["mix"] for d in distances] == [row["loss/taid_t"] for row in rows]
 
 
+def test_taid_survives_a_loss_that_is_not_a_number(mini, tmp_path, monkeypatch):
+    real, calls = train.distil_loss, []
+
+    def broken(*given, **options):
+        calls.append(1)
+        return tuple(x * (float("nan") if len(calls) == 3 else 1) for x in real(*given, **options))
+
+    monkeypatch.setattr(train, "distil_loss", broken)
+    rows = run(mini, tmp_path / "run", "--phase", "taid", "--epochs", "4")
+    assert rows[2]["loss/distance"] is None and rows[2]["loss/skipped"] == 1
+    assert rows[-1]["loss/taid_t"] == pytest.approx(0.4 + 0.6 * 11 / 12)  # on the line again
+
+
 def test_gkd_trains_on_what_the_student_writes_and_needs_no_file(mini, tmp_path, distances):
     rows = run(mini, tmp_path / "run", "--phase", "gkd", "--steps", "3", "--episodes", str(tmp_path / "absent"))
     assert len(rows) == 3 and all("rollout/score" in row for row in rows)
