@@ -63,10 +63,10 @@ def load(cls: type[T], argv: list[str], *, prog: str, description: str,
         flags = {name: _convert(value, hints[name], _flag(name)) for name, value in flags.items()}
         values = {}
         if [*map(str, given.config)] != ["none"]:
-            layers = _layers([*map(Path, given.config)], fields, Path(prog).stem, flags.get("phase"))
-            for place, table in layers:
+            paths = [*map(Path, given.config)]
+            for place, table in _layers(paths, fields, Path(prog).stem, flags.get("phase")):
                 for key, value in table.items():
-                    if shared is not None and "[" not in place and key not in shared:
+                    if shared is not None and place in map(str, paths) and key not in shared:
                         continue
                     if key in fields:
                         values[key] = _convert(value, hints[key], f"{place}: {key}", text=False)

@@ -103,6 +103,26 @@ def test_the_preset_may_name_the_phase(tmp_path):
     )
 
 
+def test_a_later_preset_wins_over_an_earlier_one_and_its_tables(tmp_path):
+    (tmp_path / "models.toml").write_text('phase = "kd"\nlr = 1.0\ntop_k = 7\n[dgpo]\nlr = 2.0\nlimit = 5\n')
+    (tmp_path / "row.toml").write_text('phase = "dgpo"\nlr = 3.0\n')
+    presets = ["--config", str(tmp_path / "models.toml"), str(tmp_path / "row.toml")]
+    settings = load(*presets)
+    assert settings.phase == "dgpo"  # the last one's, and with it the table of the first
+    assert (settings.lr, settings.limit, settings.top_k) == (3.0, 5, 7)
+    assert load("--phase", "kd", *presets).limit is None
+    assert load("--lr", "4.0", *presets).lr == 4.0
+
+
+def test_a_mistake_in_any_preset_is_reported_with_its_file(capsys, tmp_path):
+    (tmp_path / "good.toml").write_text("lr = 1.0\n")
+    (tmp_path / "bad.toml").write_text("lrr = 1.0\n")
+    for order in (("good", "bad"), ("bad", "good")):
+        message = refused(capsys, "--config", *(str(tmp_path / f"{name}.toml") for name in order))
+        assert "bad.toml" in message and "lrr" in message
+    assert "absent.toml" in refused(capsys, "--config", str(tmp_path / "good.toml"), str(tmp_path / "absent.toml"))
+
+
 def test_the_default_preset_is_read_unless_another_or_none_is_named(tmp_path):
     default, other = tmp_path / "default.toml", tmp_path / "other.toml"
     default.write_text("top_k = 11")
@@ -155,6 +175,10 @@ def test_another_programs_preset_lends_only_the_named_keys(capsys, tmp_path):
     got = load(toml=toml, tmp_path=tmp_path, shared=("top_k",))
     assert (got.top_k, got.lr, got.limit) == (4, 1e-4, 2)
     refused(capsys, toml=toml + "limti = 3\n", tmp_path=tmp_path, shared=("top_k",))
+    folder = tmp_path / "a [b]"  # neither a bracket nor a detour in the path changes what is passed over
+    folder.mkdir()
+    (folder / "preset.toml").write_text(toml)
+    assert load("--config", f"{folder}/./preset.toml", shared=("top_k",)) == got
 
 
 def test_post_init_of_the_dataclass_reports_like_any_mistake(capsys):
