@@ -1,7 +1,8 @@
 """Experiments: the whole method on the embedded world, as a demonstration and over three seeds.
 
     python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
-    python reproduce.py rows      every row of the paper's tables, three seeds; --rows dgpo kd --seeds 0 for some
+    python reproduce.py rows      every row of the paper's tables: learning rates chosen, then three seeds; for some:
+                                  --rows dgpo kd --seeds 0
     python reproduce.py report    tables, orderings, times and curves of what is recorded
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
@@ -23,7 +24,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
 import eval as evaluation
+import train
 
 ROOT = Path(__file__).resolve().parent
 CORES = 2
@@ -153,26 +156,30 @@ class Row:
     flags: tuple[str, ...] = ()
 
 
-# What KD and DGPO take together, about, is what every other row gets; the report has the seconds.
-LONG_DISTILLATION, LONG_REINFORCEMENT = ("--epochs", "14"), ("--steps", "80")
+# What KD and DGPO take together, about five minutes of one thread, is what every other row gets, about; the report has
+# the seconds. PPO's first steps are the slowest: a student that has not learnt to stop writes to every limit.
 ROWS = {
     "seqkd": Row("SeqKD", ("seqkd",), flags=("--epochs", "7")),
     "kd": Row("KD", flags=("--phase", "kd")),
-    "kd-long": Row("KD, as long as DGPO", flags=("--phase", "kd", *LONG_DISTILLATION)),
-    "gkd": Row("GKD", ("gkd",)),
-    "distillm": Row("DistiLLM", ("distillm",), flags=LONG_DISTILLATION),
-    "taid": Row("TAID", ("taid",), flags=LONG_DISTILLATION),
-    "ppo": Row("PPO", ("ppo",), flags=LONG_REINFORCEMENT),
-    "grpo": Row("GRPO", ("grpo",), flags=LONG_REINFORCEMENT),
+    "kd-long": Row("KD, as long as DGPO", flags=("--phase", "kd", "--epochs", "16")),
+    "gkd": Row("GKD", ("gkd",), flags=("--steps", "300")),
+    "distillm": Row("DistiLLM", ("distillm",), flags=("--epochs", "11")),
+    "taid": Row("TAID", ("taid",), flags=("--epochs", "11")),
+    "ppo": Row("PPO", ("ppo",)),
+    "grpo": Row("GRPO", ("grpo",)),
     "sft-ppo": Row("SFT -> PPO", ("sft-ppo",), "seqkd"),
     "dgpo": Row("DGPO", begins="kd", flags=("--phase", "dgpo")),
-    "without-cold-start": Row("(a) w/o cold start", ("without-cold-start",), flags=LONG_REINFORCEMENT),
+    "without-cold-start": Row("(a) w/o cold start", ("without-cold-start",)),
     "uniform-kl": Row("(b) uniform KL", ("uniform-kl",), "kd"),
     "without-teacher": Row("(c) w/o teacher guidance", ("without-teacher",), "kd"),
     "ppo-kd": Row("(d) PPO -> KD", ("ppo-kd",), "ppo"),
     "dgpo-grpo": Row("DGPO with GRPO", ("dgpo-grpo",), "kd"),
-    "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd"),
+    "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd", flags=("--steps", "180")),
 }
+# The same tuning for every row: three learning rates, half of the row's length, a seed of its own; the rate with the
+# best sampled score on the validation questions is what the row's seeds run with.
+RATES = (0.5, 1.0, 2.0)  # times the preset's
+TUNING_SEED = 3
 GIVEN = {"student": "Student", "teacher": "Teacher"}
 TABLES = {
     "Table 2": ("student", "teacher", "ppo", "sft-ppo", "gkd", "seqkd", "kd", "kd-long", "distillm", "taid", "dgpo"),
@@ -188,26 +195,88 @@ CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guid
 
 
 def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Teacher episodes, training, evaluation and ARCap of these rows."""
-    jobs = []
+    """Teacher episodes, the choice of learning rates, training, evaluation and ARCap of these rows."""
+    jobs = [episodes_job(runs, seed) for seed in (TUNING_SEED, *seeds)]
+    for name in names:
+        jobs += tuning_jobs(runs, records, name)
     for name in GIVEN:
         out = runs / f"eval-{name}"
         jobs += measure(name, GIVEN[name], ROOT / "world" / name, out, (), records / f"{name}.json")
     for seed in seeds:
-        episodes = runs / f"episodes-{seed}.jsonl"
-        ask = ["train.py", "--phase", "episodes", "--episodes", str(episodes), "--seed", str(seed)]
-        jobs.append(Job(f"episodes {seed}", lambda ask=ask: ask, episodes))
         for name in names:
             row, folder = ROWS[name], runs / f"{name}-{seed}"
             student = runs / f"{row.begins}-{seed}" if row.begins else ROOT / "world" / "student"
-            presets = [f"configs/{preset}.toml" for preset in ("world", *row.presets)]
-            command = ["train.py", "--config", *presets, *row.flags, "--student", str(student), "--episodes",
-                       str(episodes), "--run-dir", str(folder), "--seed", str(seed), "--save-every", "10", "--resume"]
+
+            def flags(name=name, seed=seed, folder=folder, student=student) -> list[str]:
+                return row_command(runs, name, seed, folder, student, best_rate(records, name))
+
             needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
-            jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
+            needs += tuple(f"tune {name} x{rate}" for rate in RATES)
+            jobs.append(Job(f"{name} {seed}", flags, folder / "model.safetensors", needs))
             jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
                             records / f"{name}-{seed}.json")
     return jobs
+
+
+def episodes_job(runs: Path, seed: int) -> Job:
+    episodes = runs / f"episodes-{seed}.jsonl"
+    ask = ["train.py", "--phase", "episodes", "--episodes", str(episodes), "--seed", str(seed)]
+    return Job(f"episodes {seed}", lambda: ask, episodes)
+
+
+def row_command(runs: Path, name: str, seed: int, folder: Path, student: Path, rate: float, *flags: str) -> list[str]:
+    """Arguments that train a row at a multiple of its preset's learning rate."""
+    row, settings = ROWS[name], row_settings(name)
+    which = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
+    presets = [f"configs/{preset}.toml" for preset in ("world", *row.presets)]
+    return ["train.py", "--config", *presets, *row.flags, "--student", str(student), "--episodes",
+            str(runs / f"episodes-{seed}.jsonl"), "--run-dir", str(folder), "--seed", str(seed), "--save-every", "10",
+            "--resume", "--" + which.replace("_", "-"), f"{getattr(settings, which) * rate:g}", *flags]
+
+
+def row_settings(name: str) -> train.TrainSettings:
+    """What presets and flags of the row say."""
+    presets = [str(ROOT / "configs" / f"{preset}.toml") for preset in ("world", *ROWS[name].presets)]
+    return config.load(train.TrainSettings, ["--config", *presets, *ROWS[name].flags], prog="train.py", description="")
+
+
+def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:
+    """Half of the row's length at each of the rates, from the best such run of the row that it begins with."""
+    begins, settings = ROWS[name].begins, row_settings(name)
+    by_steps = settings.phase in ("gkd", *train.REINFORCE)
+    length = ["--steps", str(settings.steps // 2)] if by_steps else ["--epochs", f"{settings.epochs / 2:g}"]
+    jobs = []
+    for rate in RATES:
+        folder, record = runs / f"tune-{name}-x{rate}", tuning_record(records, name, rate)
+
+        def flags(rate=rate, folder=folder) -> list[str]:
+            student = runs / f"tune-{begins}-x{best_rate(records, begins)}" if begins else ROOT / "world" / "student"
+            at_the_end = ("--eval-every", "1000000")
+            return row_command(runs, name, TUNING_SEED, folder, student, rate, *length, *at_the_end)
+
+        needs = (f"episodes {TUNING_SEED}", *(f"tune {begins} x{rate}" for rate in RATES if begins))
+        jobs.append(Job(f"tune {name} x{rate}", flags, record, needs,
+                        after=lambda rate=rate, folder=folder: write_tuning(records, name, rate, folder)))
+    return jobs
+
+
+def tuning_record(records: Path, name: str, rate: float) -> Path:
+    return records / "tuning" / f"{name}-x{rate}.json"
+
+
+def write_tuning(records: Path, name: str, rate: float, folder: Path) -> None:
+    """What a tuning run has come to; one that collapsed has come to nothing."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {"row": name, "times": rate, "score": metrics[-1].get("eval/score", 0.0), "num_steps": len(metrics),
+             "train_s": seconds(folder), "collapsed": (folder / "collapse.txt").exists(),
+             "settings": json.loads((folder / "run.json").read_text())["settings"]}
+    write_json(tuning_record(records, name, rate), found)
+
+
+def best_rate(records: Path, name: str) -> float:
+    """The multiple of the preset's learning rate whose tuning run scored best; of equals, the one nearest to it."""
+    scores = {rate: json.loads(tuning_record(records, name, rate).read_text())["score"] for rate in RATES}
+    return max(RATES, key=lambda rate: (scores[rate], -abs(rate - 1)))
 
 
 def measure(name: str, label: str, model: Path, out: Path, needs: tuple[str, ...], record: Path) -> list[Job]:
@@ -242,10 +311,14 @@ def write_record(name: str, model: Path, out: Path, record: Path) -> None:
         found["collapsed"] = reinforces and len(metrics) < about["settings"]["steps"]
         found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in CURVE if m.get(key) is not None}
                           for m in metrics if any(key in m for key in CURVE)]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=None) + "\n")
-    partial.replace(record)
+    write_json(record, found)
+
+
+def write_json(path: Path, found: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found) + "\n")
+    partial.replace(path)
 
 
 def read_records(records: Path) -> dict[str, list[dict]]:
