@@ -176,9 +176,10 @@ ROWS = {
     "dgpo-grpo": Row("DGPO with GRPO", ("dgpo-grpo",), "kd"),
     "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd", flags=("--steps", "180")),
 }
-# The same tuning for every row: three learning rates, half of the row's length, a seed of its own; the rate with the
-# best sampled score on the validation questions is what the row's seeds run with.
-RATES = (0.5, 1.0, 2.0)  # times the preset's
+# The same tuning for every row: three runs of half the row's length with a seed of their own, at the preset's learning
+# rate, at twice that, and beyond the better of the two. The one with the best sampled score on the validation questions
+# gives the rate that the row's seeds run with.
+TUNING_RUNS = 3
 TUNING_SEED = 3
 GIVEN = {"student": "Student", "teacher": "Teacher"}
 TABLES = {
@@ -208,10 +209,10 @@ def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[in
             student = runs / f"{row.begins}-{seed}" if row.begins else ROOT / "world" / "student"
 
             def flags(name=name, seed=seed, folder=folder, student=student) -> list[str]:
-                return row_command(runs, name, seed, folder, student, best_rate(records, name))
+                return row_command(runs, name, seed, folder, student, best_run(records, name)["times"])
 
             needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
-            needs += tuple(f"tune {name} x{rate}" for rate in RATES)
+            needs += tuple(f"tune {name} {k}" for k in range(TUNING_RUNS))
             jobs.append(Job(f"{name} {seed}", flags, folder / "model.safetensors", needs))
             jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
                             records / f"{name}-{seed}.json")
@@ -227,11 +228,15 @@ def episodes_job(runs: Path, seed: int) -> Job:
 def row_command(runs: Path, name: str, seed: int, folder: Path, student: Path, rate: float, *flags: str) -> list[str]:
     """Arguments that train a row at a multiple of its preset's learning rate."""
     row, settings = ROWS[name], row_settings(name)
-    which = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
+    which = rate_setting(settings.phase)
     presets = [f"configs/{preset}.toml" for preset in ("world", *row.presets)]
     return ["train.py", "--config", *presets, *row.flags, "--student", str(student), "--episodes",
             str(runs / f"episodes-{seed}.jsonl"), "--run-dir", str(folder), "--seed", str(seed), "--save-every", "10",
             "--resume", "--" + which.replace("_", "-"), f"{getattr(settings, which) * rate:g}", *flags]
+
+
+def rate_setting(phase: str) -> str:
+    return "kd_lr" if phase in train.DISTIL else "actor_lr"
 
 
 def row_settings(name: str) -> train.TrainSettings:
@@ -241,42 +246,53 @@ def row_settings(name: str) -> train.TrainSettings:
 
 
 def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:
-    """Half of the row's length at each of the rates, from the best such run of the row that it begins with."""
+    """Half of the row's length at three rates, from the best such run of the row that it begins with."""
     begins, settings = ROWS[name].begins, row_settings(name)
     by_steps = settings.phase in ("gkd", *train.REINFORCE)
     length = ["--steps", str(settings.steps // 2)] if by_steps else ["--epochs", f"{settings.epochs / 2:g}"]
     jobs = []
-    for rate in RATES:
-        folder, record = runs / f"tune-{name}-x{rate}", tuning_record(records, name, rate)
+    for k in range(TUNING_RUNS):
+        folder = runs / f"tune-{name}-{k}"
 
-        def flags(rate=rate, folder=folder) -> list[str]:
-            student = runs / f"tune-{begins}-x{best_rate(records, begins)}" if begins else ROOT / "world" / "student"
+        def flags(k=k, folder=folder) -> list[str]:
+            student = runs / f"tune-{begins}-{best_run(records, begins)['run']}" if begins else ROOT / "world/student"
             at_the_end = ("--eval-every", "1000000")
+            rate = next_rate(records, name, k)
             return row_command(runs, name, TUNING_SEED, folder, student, rate, *length, *at_the_end)
 
-        needs = (f"episodes {TUNING_SEED}", *(f"tune {begins} x{rate}" for rate in RATES if begins))
-        jobs.append(Job(f"tune {name} x{rate}", flags, record, needs,
-                        after=lambda rate=rate, folder=folder: write_tuning(records, name, rate, folder)))
+        needs = [f"episodes {TUNING_SEED}", *(f"tune {begins} {i}" for i in range(TUNING_RUNS) if begins)]
+        needs += [f"tune {name} {i}" for i in (0, 1) if k == 2]
+        jobs.append(Job(f"tune {name} {k}", flags, tuning_record(records, name, k), tuple(needs),
+                        after=lambda k=k, folder=folder: write_tuning(records, name, k, folder)))
     return jobs
 
 
-def tuning_record(records: Path, name: str, rate: float) -> Path:
-    return records / "tuning" / f"{name}-x{rate}.json"
+def next_rate(records: Path, name: str, k: int) -> float:
+    """Tuning run k's multiple of the preset's learning rate."""
+    if k < 2:
+        return (1.0, 2.0)[k]
+    return {1.0: 0.5, 2.0: 4.0}[best_run(records, name, 2)["times"]]
 
 
-def write_tuning(records: Path, name: str, rate: float, folder: Path) -> None:
+def best_run(records: Path, name: str, num: int = TUNING_RUNS) -> dict:
+    """The record of the best of the first tuning runs; of equals the first."""
+    found = [json.loads(tuning_record(records, name, k).read_text()) for k in range(num)]
+    return max(found, key=lambda run: run["score"])  # max takes the first of equals
+
+
+def tuning_record(records: Path, name: str, k: int) -> Path:
+    return records / "tuning" / f"{name}-{k}.json"
+
+
+def write_tuning(records: Path, name: str, k: int, folder: Path) -> None:
     """What a tuning run has come to; one that collapsed has come to nothing."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {"row": name, "times": rate, "score": metrics[-1].get("eval/score", 0.0), "num_steps": len(metrics),
-             "train_s": seconds(folder), "collapsed": (folder / "collapse.txt").exists(),
-             "settings": json.loads((folder / "run.json").read_text())["settings"]}
-    write_json(tuning_record(records, name, rate), found)
-
-
-def best_rate(records: Path, name: str) -> float:
-    """The multiple of the preset's learning rate whose tuning run scored best; of equals, the one nearest to it."""
-    scores = {rate: json.loads(tuning_record(records, name, rate).read_text())["score"] for rate in RATES}
-    return max(RATES, key=lambda rate: (scores[rate], -abs(rate - 1)))
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    which = rate_setting(settings["phase"])
+    found = {"row": name, "run": k, "times": round(settings[which] / getattr(row_settings(name), which), 3),
+             "score": metrics[-1].get("eval/score", 0.0), "num_steps": len(metrics), "train_s": seconds(folder),
+             "collapsed": (folder / "collapse.txt").exists(), "settings": settings}
+    write_json(tuning_record(records, name, k), found)
 
 
 def measure(name: str, label: str, model: Path, out: Path, needs: tuple[str, ...], record: Path) -> list[Job]:

@@ -80,14 +80,17 @@ def test_a_report_without_records_says_how_to_make_them(tmp_path):
 # ---- rows ----
 
 
-def tuned(records: Path, scores: dict[float, float]) -> None:
+def tuned(records: Path, *scores: float) -> None:
+    """Records of tuning runs at the preset's rate, twice that, and half or four times of it."""
+    third = 4.0 if scores[1] > scores[0] else 0.5
     for name in ROWS:
-        for rate, score in scores.items():
-            reproduce.write_json(reproduce.tuning_record(records, name, rate), {"row": name, "score": score})
+        for k, (times, score) in enumerate(zip((1.0, 2.0, third), scores, strict=False)):
+            found = {"row": name, "run": k, "times": times, "score": score}
+            reproduce.write_json(reproduce.tuning_record(records, name, k), found)
 
 
 def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
-    tuned(tmp_path / "records", {0.5: 0.1, 1.0: 0.2, 2.0: 0.3})
+    tuned(tmp_path / "records", 0.1, 0.3, 0.2)
     phases = {}
     for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0]):
         program, *flags = job.flags()
@@ -100,40 +103,44 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
         assert Path(settings.student).name == (f"{row.begins}-0" if row.begins else "student")
         assert settings.run_dir.endswith(f"{name}-0") and settings.seed == 0
         rates = ("kd_lr", "actor_lr")
-        preset, chosen, half = reproduce.row_settings(name), settings, phases[f"tune {name} x0.5"]
+        preset, chosen, half = reproduce.row_settings(name), settings, phases[f"tune {name} 2"]
         at = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
         for rate in rates:
             assert getattr(chosen, rate) == pytest.approx(getattr(preset, rate) * (2.0 if rate == at else 1))
-            assert getattr(half, rate) == pytest.approx(getattr(preset, rate) * (0.5 if rate == at else 1))
+            assert getattr(half, rate) == pytest.approx(getattr(preset, rate) * (4.0 if rate == at else 1))
         assert (half.seed, half.phase) == (reproduce.TUNING_SEED, settings.phase)
         assert reproduce.TUNING_SEED not in SEEDS  # chosen on other episodes and other noise
         assert (half.steps / preset.steps, half.epochs / preset.epochs) in ((0.5, 1), (1, 0.5))
-        assert Path(half.student).name == (f"tune-{row.begins}-x2.0" if row.begins else "student")
+        assert Path(half.student).name == (f"tune-{row.begins}-1" if row.begins else "student")
     assert {phases[f"{name} 0"].phase for name in ROWS} == {*train.PHASES} - {"episodes"}
     assert phases["uniform-kl 0"].kl_where == "all" and phases["without-teacher 0"].kl_where == "none"
     assert phases["dgpo-grpo 0"].advantage == "group" and phases["dgpo-grpo 0"].phase == "dgpo"
 
 
-def test_the_chosen_rate_scored_best_and_of_equals_is_the_presets(tmp_path):
-    tuned(tmp_path, {0.5: 0.3, 1.0: 0.2, 2.0: 0.1})
-    assert reproduce.best_rate(tmp_path, "kd") == 0.5
-    tuned(tmp_path, {0.5: 0.01, 1.0: 0.01, 2.0: 0.01})
-    assert reproduce.best_rate(tmp_path, "kd") == 1.0
+def test_the_third_rate_lies_beyond_the_better_of_two_and_the_best_is_chosen(tmp_path):
+    tuned(tmp_path, 0.2, 0.1)
+    assert [reproduce.next_rate(tmp_path, "kd", k) for k in range(3)] == [1.0, 2.0, 0.5]
+    tuned(tmp_path, 0.1, 0.2)
+    assert reproduce.next_rate(tmp_path, "kd", 2) == 4.0
+    tuned(tmp_path, 0.1, 0.2, 0.3)
+    assert reproduce.best_run(tmp_path, "kd")["times"] == 4.0
+    tuned(tmp_path, 0.01, 0.01, 0.01)
+    assert reproduce.best_run(tmp_path, "kd")["times"] == 1.0
 
 
 def test_a_tuning_run_is_kept_with_its_score_and_a_collapsed_one_counts_nothing(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "perf.jsonl").write_text('{"seconds": 2.0}\n{"seconds": 1.5}\n')
-    (folder / "run.json").write_text('{"settings": {"kd_lr": 0.1}}')
+    (folder / "run.json").write_text('{"settings": {"phase": "kd", "kd_lr": 4e-3}}')
     (folder / "metrics.jsonl").write_text('{"loss/kd": 1.0, "eval/score": 0.9}\n{"eval/score": 0.25}\n')
-    reproduce.write_tuning(tmp_path, "kd", 0.5, folder)
-    found = json.loads((tmp_path / "tuning" / "kd-x0.5.json").read_text())
-    assert (found["score"], found["train_s"], found["collapsed"]) == (0.25, 3.5, False)
+    reproduce.write_tuning(tmp_path, "kd", 1, folder)
+    found = json.loads((tmp_path / "tuning" / "kd-1.json").read_text())
+    assert (found["score"], found["times"], found["train_s"], found["collapsed"]) == (0.25, 2.0, 3.5, False)
     (folder / "metrics.jsonl").write_text('{"eval/score": 0.9}\n{"rollout/score": 0.0}\n')
     (folder / "collapse.txt").write_text("the score fell")
-    reproduce.write_tuning(tmp_path, "kd", 0.5, folder)
-    assert json.loads((tmp_path / "tuning" / "kd-x0.5.json").read_text())["score"] == 0.0
+    reproduce.write_tuning(tmp_path, "kd", 1, folder)
+    assert json.loads((tmp_path / "tuning" / "kd-1.json").read_text())["score"] == 0.0
 
 
 def test_tables_and_orderings_name_rows_that_exist():
