@@ -1,4 +1,4 @@
-"""Networks: Qwen2 / Llama 3 decoder with KV cache, and the critic.
+"""Networks: Qwen2 / Qwen3 / Llama 3 decoder with KV cache, and the critic.
 
 Read from and written to the published layout (config.json, *.safetensors under the public names, tokenizer.json):
 a saved folder loads in transformers and vLLM with the same logits. encoder.py and tokenizer.py are part of this
@@ -51,6 +51,7 @@ class DecoderConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # Qwen3: queries and keys are normalised before they are rotated
     tied: bool
     rope_theta: float
     rope_scaling: dict[str, float] | None  # the keys of the "llama3" rule, or None
@@ -58,12 +59,12 @@ class DecoderConfig:
 
     @classmethod
     def read(cls, public: dict, where: str = "config.json") -> "DecoderConfig":
-        names = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+        names = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
         family = public.get("model_type") or names.get((public.get("architectures") or [""])[0])
         # transformers 5 moved rope_theta and rope_scaling into rope_parameters; older files have them apart.
         rope = (public.get("rope_scaling") or {}) | (public.get("rope_parameters") or {})
         rule = rope.get("rope_type", rope.get("type", "default"))
-        check(where, "model_type", family, "llama", "qwen2")
+        check(where, "model_type", family, "llama", "qwen2", "qwen3")
         check(where, "hidden_act", public.get("hidden_act", "silu"), "silu")
         check(where, "use_sliding_window", public.get("use_sliding_window") or False, False)
         check(where, "quantization_config", public.get("quantization_config"), None)
@@ -78,9 +79,9 @@ class DecoderConfig:
                 vocab_size=public["vocab_size"], hidden_size=width, intermediate_size=public["intermediate_size"],
                 num_layers=public["num_hidden_layers"], num_heads=heads,
                 num_kv_heads=public.get("num_key_value_heads") or heads,
-                head_dim=public.get("head_dim") or width // heads, norm_eps=float(public.get("rms_norm_eps", 1e-6)),
-                qkv_bias=family == "qwen2" or bias, o_bias=family == "llama" and bias,
-                mlp_bias=bool(public.get("mlp_bias")), tied=bool(public.get("tie_word_embeddings")),
+                head_dim=public.get("head_dim") or (128 if family == "qwen3" else width // heads), norm_eps=float(public.get("rms_norm_eps", 1e-6)),
+                qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias,
+                mlp_bias=bool(public.get("mlp_bias")), qk_norm=family == "qwen3", tied=bool(public.get("tie_word_embeddings")),
                 rope_theta=float(rope.get("rope_theta", public.get("rope_theta", 10000.0))),
                 rope_scaling={key: float(rope[key]) for key in LLAMA3_ROPE} if rule == "llama3" else None,
                 public=dict(public),
@@ -206,11 +207,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner, width, bias=config.o_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: list[int], slots: Slots) -> Tensor:
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.num_heads, self.head_dim), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim), cos, sin)
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)), cos, sin)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
         if slots is None:

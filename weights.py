@@ -23,7 +23,7 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 def check(where: str, key: str, got: object, *expected: object) -> None:
     if got not in expected:
         raise ValueError(f"{where}: unsupported {key}: got {got!r}, expected one of {list(expected)}; "
-                         "use a Qwen2 or Llama decoder, or a BERT-type encoder with mean pooling")
+                         "use a Qwen2, Qwen3 or Llama decoder, or a BERT-type encoder with mean pooling")
 
 
 def resolve(path: str | Path) -> Path:

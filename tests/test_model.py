@@ -43,6 +43,7 @@ QWEN = SIZES | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "t
                 "rope_theta": 1e4, "hidden_act": "silu"}
 LLAMA = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False,
                  "rope_theta": 5e5, "rope_scaling": LLAMA3, "head_dim": 16, "hidden_act": "silu"}
+QWEN3 = QWEN | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 BERT = {"model_type": "bert", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 40, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
@@ -116,7 +117,9 @@ def checkpoint(folder: Path, tokenizer: Tokenizer, public: dict = QWEN) -> model
     LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
     {key: value for key, value in LLAMA.items() if not key.startswith("rope_")}
     | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
-], ids=["qwen2", "qwen2-untied-mqa", "llama3", "llama-biases-tied-mha", "llama3-rope-parameters"])
+    QWEN3, QWEN3 | {"attention_bias": True, "tie_word_embeddings": False},
+], ids=["qwen2", "qwen2-untied-mqa", "llama3", "llama-biases-tied-mha", "llama3-rope-parameters", "qwen3",
+        "qwen3-biases-untied"])
 def test_a_saved_decoder_has_the_logits_of_transformers(public: dict, tmp_path: Path, tokenizer: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
     decoder = checkpoint(tmp_path / "saved", tokenizer, public)
@@ -170,7 +173,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("public", [QWEN, LLAMA], ids=["qwen2", "llama3"])
+@pytest.mark.parametrize("public", [QWEN, LLAMA, QWEN3], ids=["qwen2", "llama3", "qwen3"])
 @torch.no_grad()
 def test_ragged_prefill_then_steps_on_a_cache_equal_a_plain_pass(public: dict) -> None:
     decoder, ids, lengths = wide(public), ids_of(3, 16), [5, 2, 7]
