@@ -133,6 +133,8 @@ def _convert(value: Any, hint: Any, where: str, *, text: bool = True) -> Any:
     """A TOML value or a flag's text as the field's type; of TOML, only int to float converts."""
     kind, *rest = [option for option in get_args(hint) if option is not type(None)] or [hint]
     if get_origin(hint) is tuple and isinstance(value, list):
+        if text and kind is not str:  # --budgets 16,32 as well as --budgets 16 32
+            value = [part for item in value for part in item.split(",") if part]
         return tuple(_convert(item, kind, where, text=text) for item in value)
     if type(None) in get_args(hint):
         return None if value == "none" else _convert(value, kind, where, text=text)

@@ -1,6 +1,7 @@
 """Questions: files, prompts, answer normalisation and scores.
 
-Eq. 3 (reward 1 when the answer equals a gold answer) -> exact_match; the paper's hit ratio -> hit.
+Eq. 3 (reward 1 when the answer equals a gold answer) -> exact_match; the paper's hit ratio -> hit. A row's
+"answer_kind" asks for another comparison: "integer" (AIME) or "choice" (GPQA: the letter of an option).
 
 Departures from the official code:
 1. Question ids carry their data set ("nq_train_0"): NQ and HotpotQA both count from 0, and bare ids
@@ -51,6 +52,7 @@ PAPER_PROMPT = (
 )
 SHORT_PROMPT = "{question}"  # the embedded world: its models know the protocol, and no English
 PROMPTS = {"paper": PAPER_PROMPT, "short": SHORT_PROMPT}
+BUDGET_TEXT = "Think for at most {budget} tokens."  # a reconstruction: BARD's own words are not known
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Question:
     prompt: list[dict[str, str]] | None = None  # chat messages that came with the row
     metadata: dict[str, Any] = field(default_factory=dict)
     context: list[dict[str, Any]] | None = None  # paragraphs: title, text, is_supporting
+    answer_kind: str = "text"  # of ANSWER_KINDS
+    budget: int | None = None  # tokens to think, told to the agent (bard.py)
 
 
 def load_questions(path: Path | str, *, limit: int | None = None) -> list[Question]:
@@ -147,27 +151,44 @@ def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Que
         answers = truth.get("target") if isinstance(truth, dict) else None
     ok = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
     check(bool(ok), "golden_answers", answers, "a list of one or more strings")
+    kind = row.get("answer_kind", "text")
+    check(kind in ANSWER_KINDS, "answer_kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
     metadata = row.get("metadata") or {}
     check(isinstance(metadata, dict), "metadata", metadata, "an object")
     id = id if row.get("id") is None else str(row["id"])
     id = id if id.startswith(f"{source}_") else f"{source}_{id}"
-    return Question(id, text, tuple(answers), source, prompt, metadata, context)
+    return Question(id, text, tuple(answers), source, prompt, metadata, context, kind)
 
 
-def build_messages(question: Question, prompt: str) -> list[dict[str, str]]:
+def build_messages(question: Question, prompt: str, budget_text: str = BUDGET_TEXT) -> list[dict[str, str]]:
     """The chat that opens an episode; prompt is "paper", "short", "row" (the row's own) or a file.
 
-    The question is stripped and ends with a question mark, as in the official data.
+    The question is stripped and ends with a question mark, as in the official data. Where it has a budget, budget_text
+    follows with the number in the place of {budget}; an empty one keeps the budget from the agent.
     """
     if prompt == "row":
         if question.prompt is None:
             raise ValueError(f"{question.id}: got a row without prompt; use paper, short or a file")
-        return [dict(message) for message in question.prompt]
-    text = question.question.strip()
-    text = text if text.endswith("?") else text + "?"
-    template = PROMPTS[prompt] if prompt in PROMPTS else _template(prompt)
-    # not str.format: braces in a template are text
-    return [{"role": "user", "content": template.replace("{question}", text)}]
+        messages = [dict(message) for message in question.prompt]
+    else:
+        text = question.question.strip()
+        text = text if text.endswith("?") else text + "?"
+        template = PROMPTS[prompt] if prompt in PROMPTS else _template(prompt)
+        # not str.format: braces in a template are text
+        messages = [{"role": "user", "content": template.replace("{question}", text)}]
+    if question.budget is not None and budget_text:
+        if "{budget}" not in budget_text:
+            raise ValueError(f"--budget-text: got {budget_text!r}, expected {{budget}} where the number belongs, or "
+                             "nothing at all")
+        messages[-1]["content"] += " " + budget_text.replace("{budget}", str(question.budget))
+    return messages
+
+
+def check_budget(budget: int, max_context_tokens: int) -> None:
+    """A budget is a number of tokens that an episode has room for."""
+    if not 0 < budget < max_context_tokens:
+        raise ValueError(f"--budget: got {budget}, expected 1 to {max_context_tokens - 1} tokens: it must fit into "
+                         f"--max-context-tokens {max_context_tokens}")
 
 
 @functools.cache
@@ -192,6 +213,41 @@ def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
         return 0.0
     answer = normalize_answer(prediction)
     return float(any(answer == normalize_answer(gold) for gold in golds))
+
+
+def integer_match(prediction: str | None, golds: Sequence[str]) -> float:
+    """1 if the prediction holds one number, and that is a gold integer: "$\\boxed{042}$" equals "42" (not in paper)."""
+    numbers = _numbers(prediction or "")
+    return float(len(numbers) == 1 and any(numbers == _numbers(gold) for gold in golds))
+
+
+def _numbers(text: str) -> set[str]:
+    """The distinct numbers of a text, or of its last \\boxed{}, without leading zeros and thousands' commas."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", boxed[-1] if boxed else text)
+    return {re.sub(r"\.0+$", "", re.sub(r"^(-?)0+(?=\d)", r"\1", n.replace(",", ""))) for n in found}
+
+
+def choice_match(prediction: str | None, golds: Sequence[str]) -> float:
+    """1 if the prediction names a gold option: "C", "(c)", "C. the third one", "the answer is C" (not in paper)."""
+    letter = _letter(prediction or "")
+    return float(letter is not None and any(letter == _letter(gold) for gold in golds))
+
+
+def _letter(text: str) -> str | None:
+    boxed = re.findall(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", text)
+    text = (boxed[-1] if boxed else text).strip()
+    found = re.match(r"\(?([A-J])\)?(?:[.):,]|$)", text, re.IGNORECASE)
+    found = found or re.search(r"answer(?: is)?:?\s*(?:option\s*)?\(?([A-J])\)?(?![A-Za-z])", text, re.IGNORECASE)
+    return found[1].upper() if found else None
+
+
+ANSWER_KINDS = {"text": exact_match, "integer": integer_match, "choice": choice_match}
+
+
+def is_correct(prediction: str | None, question: Question) -> float:
+    """1 if this answers the question, in the way that its kind of answer is compared."""
+    return ANSWER_KINDS[question.answer_kind](prediction, question.golden_answers)
 
 
 def f1(prediction: str | None, golds: Sequence[str]) -> float:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import Question, build_messages, exact_match, parse_object
+from data import ANSWER_KINDS, BUDGET_TEXT, Question, build_messages, is_correct, parse_object
 from model import Tokenizer
 from retriever import Passage
 
@@ -78,8 +78,8 @@ class Episode:
 
     @property
     def score(self) -> float:
-        """Eq. 3: exact match of the agent's answer."""
-        return exact_match(self.answer, self.question.golden_answers)
+        """Eq. 3: exact match of the agent's answer (or what the question's kind of answer asks for)."""
+        return is_correct(self.answer, self.question)
 
 
 # ---- protocol: text in, text out ----
@@ -114,8 +114,31 @@ def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_token
     return body[: max(0, max_tokens - len(end))] + end
 
 
-def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str) -> Segment:
-    return Segment("prompt", tokenizer.chat(build_messages(question, prompt)))
+def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str, budget_text: str = BUDGET_TEXT) -> Segment:
+    return Segment("prompt", tokenizer.chat(build_messages(question, prompt, budget_text)))
+
+
+def thinking(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, bool]:
+    """(tokens strictly inside <think> and </think>, whether the last block is still open) of one agent turn.
+
+    A token that holds a part of a tag counts for the tag.
+    """
+    closers, count, begin, is_open = tokenizer.containing(">"), 0, 0, False
+    for i, token in enumerate(ids):
+        if token not in closers:  # only ">" completes a tag
+            continue
+        text = tokenizer.decode(ids[begin : i + 1])
+        if not is_open and "<think>" in text:
+            is_open, begin = True, i + 1
+        elif is_open and "</think>" in text:
+            tag = next(j for j in range(i, begin - 1, -1) if "</think>" in tokenizer.decode(ids[j : i + 1]))
+            count, is_open, begin = count + tag - begin, False, i + 1
+    return count + (len(ids) - begin if is_open else 0), is_open
+
+
+def num_thinking_tokens(episode: Episode, tokenizer: Tokenizer) -> int:
+    """What a budget counts (bard.py): the agent's tokens inside its thinking, over all turns."""
+    return sum(thinking(s.ids, tokenizer)[0] for s in episode.segments if s.author == "agent")
 
 
 # ---- tensors ----
@@ -187,6 +210,8 @@ def save_episodes(path: Path | str, episodes: Sequence[Episode], tokenizer: Toke
         for e in episodes:
             row = {"id": e.question.id, "question": e.question.question}
             row |= {"golden_answers": list(e.question.golden_answers), "source": e.question.source}
+            row |= {"answer_kind": e.question.answer_kind} if e.question.answer_kind != "text" else {}
+            row |= {"budget": e.question.budget} if e.question.budget is not None else {}
             row |= {"status": e.status, "answer": e.answer, "score": e.score, "queries": e.queries}
             row["segments"] = [
                 {"author": s.author, "text": tokenizer.decode(s.ids, skip_special=False), "ids": s.ids}
@@ -196,7 +221,9 @@ def save_episodes(path: Path | str, episodes: Sequence[Episode], tokenizer: Toke
     os.replace(partial, path)
 
 
-def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> list[Episode]:
+def load_episodes(
+    path: Path | str, tokenizer: Tokenizer, *, prompt: str, budget_text: str = BUDGET_TEXT
+) -> list[Episode]:
     """Episodes of a file that save_episodes or a person wrote.
 
     A segment without ids is encoded from its text; a row without a prompt segment gets one built from its
@@ -208,13 +235,16 @@ def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> lis
             row = parse_object(line, f"{path}:{number}")
             try:
                 golds = tuple(gold for gold in row["golden_answers"] if isinstance(gold, str))
-                question = Question(str(row["id"]), row["question"], golds, row.get("source", ""))
+                question = Question(str(row["id"]), row["question"], golds, row.get("source", ""),
+                                    answer_kind=row.get("answer_kind", "text"), budget=row.get("budget"))
                 segments = [
                     Segment(s["author"], [index(i) for i in s["ids"]] if "ids" in s else tokenizer.encode(s["text"]))
                     for s in row["segments"]
                 ]
                 if not isinstance(question.question, str) or not isinstance(row.get("answer"), str | None):
                     raise TypeError(f"question {question.question!r}, answer {row.get('answer')!r}")
+                if question.answer_kind not in ANSWER_KINDS or not isinstance(question.budget, int | None):
+                    raise TypeError(f"answer_kind {question.answer_kind!r}, budget {question.budget!r}")
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number}: got {type(error).__name__}: {error}; expected an episode with id, "
@@ -229,7 +259,7 @@ def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str) -> lis
                     "was written with another tokenizer: drop its ids to encode the text again"
                 )
             if question.question and not any(s.author == "prompt" for s in segments):
-                segments.insert(0, prompt_segment(tokenizer, question, prompt))
+                segments.insert(0, prompt_segment(tokenizer, question, prompt, budget_text))
             episodes.append(Episode(question, segments, row.get("status", ""), row.get("answer")))
     if not episodes:
         raise ValueError(f"{path}: got no episodes, expected at least one line")

@@ -12,10 +12,11 @@ Departures from the official evaluation
 
     python eval.py --model runs/dgpo [--temperature 1] [--questions FILE ...] [--out DIR]
     python eval.py arcap --model runs/dgpo               # Agentic RAG Capabilities (Sec. 5.3-5.5, Table 5)
-    python eval.py table RESULT.json ...                 # one row each, the paper's columns
+    python eval.py --budgets 16,32,64 --model runs/bard-rl --questions FILE ...   # thinking budgets (bard.py)
+    python eval.py --table RESULT.json ...               # one row each, the paper's columns
     python eval.py compare A.json B.json                 # A - B, paired bootstrap
     python eval.py compare A0.json A1.json --against B0.json B1.json     # several seeds a side
-    python eval.py plot runs/dgpo/metrics.jsonl ... --out curve.png
+    python eval.py plot runs/dgpo/metrics.jsonl ... --out curve.png      # also DIR/budgets.json ...
 
 An evaluation writes DIR/result.json (summary), .jsonl (a line for each question), .csv and .txt.
 
@@ -29,7 +30,6 @@ import argparse
 import csv
 import json
 import math
-import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -40,11 +40,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import bard
 import config
 from config import setting
-from data import TEST_SETS, Question, f1, hit, load_questions
+from data import TEST_SETS, Question, check_budget, f1, hit, load_questions
 from episode import STATUSES, Episode, observation_ids, save_episodes
 from model import Tokenizer, load_decoder
+from plots import plot_budgets, plot_curves
 from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings, generate
 
@@ -55,7 +57,7 @@ MEASURES = ("em", "f1", "hit", "first_hit", "searches", "agent_tokens", *STATUSE
 # Taken from a training preset: what is searched and how an episode runs; never how training
 # samples (temperature, seed) nor what it trains on.
 SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
-          "max_obs_tokens", "max_context_tokens", "rollout_rows")
+          "max_obs_tokens", "max_context_tokens", "rollout_rows", "budget_text")
 
 
 @dataclass
@@ -73,6 +75,8 @@ class EvalSettings(RolloutSettings):
     dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
     seed: int = setting(0, "sampling noise, at a temperature above 0")
     out: str = setting("", "folder to write; empty: runs/eval/<name>")
+    budget: int | None = setting(None, "tokens to think, told to the agent")
+    budgets: tuple[int, ...] = setting((), "every question at each of these budgets, freely and with a hard stop")
     episodes: bool = setting(False, "also write every episode, token by token, to episodes.jsonl")
 
 
@@ -217,11 +221,13 @@ def arcap_table(results: Sequence[dict[str, Any]]) -> str:
 # ---- tables ----
 
 
-def table(results: Sequence[dict[str, Any]], measure: str = "em") -> str:
+def table(results: Sequence[dict[str, Any]], measure: str = "em",
+          beside: dict[str, dict[str, float | None]] | None = None) -> str:
     """One row for each name, in the shape of the paper's Table 2; several results of a name are seeds: their mean, and
-    the standard deviation of the average."""
+    the standard deviation of the average. beside: further columns, a number for some names."""
     names = sort_sets({name for result in results for name in result["sets"]})
-    lines = [["", *(NAMES.get(name, name) for name in names), "Avg."]]
+    beside = beside or {}
+    lines = [["", *(NAMES.get(name, name) for name in names), "Avg.", *beside]]
     partial = False
     for label, seeds in by_name(results).items():
         cells = [f"{np.mean([seed['sets'][name][measure] for seed in seeds]):.3f}"
@@ -230,7 +236,9 @@ def table(results: Sequence[dict[str, Any]], measure: str = "em") -> str:
         partial |= bool(mark)
         averages = [seed["average"][measure] for seed in seeds]
         spread = f" \u00b1{np.std(averages, ddof=1):.3f}" if len(seeds) > 1 else ""
-        lines.append([label, *cells, f"{np.mean(averages):.3f}{spread}{mark}"])
+        others = [column.get(label) for column in beside.values()]
+        lines.append([label, *cells, f"{np.mean(averages):.3f}{spread}{mark}",
+                      *("" if value is None else f"{value:.3f}" for value in others)])
     return align(lines) + ("\n* average over the sets shown in its row" if partial else "")
 
 
@@ -324,74 +332,39 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
     return {key: sum(file[key] for file in files) / len(files) for key in files[0]}
 
 
-def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Score against step, distillation at the left, reinforcement at the right: their steps are not comparable.
-
-    Thin lines: the rollouts' score; dots: validation. Runs whose folders differ only by a number share a colour. paths:
-    metrics.jsonl of runs, or recorded results (reproduce.py) with a "curve".
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError("plot: matplotlib is not installed; run pip install matplotlib") from None
-    matplotlib.use("Agg")  # also where there is no display
-    from matplotlib import pyplot
-
-    panels: dict[str, list[tuple[str, list[dict]]]] = {"distillation": [], "reinforcement": []}
-    for path in map(Path, paths):
-        if path.suffix == ".json":
-            record = json.loads(path.read_text(encoding="utf-8"))
-            rows, method = record.get("curve", []), record["name"]
-        else:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            method = re.sub(r"-\d+$", "", path.parent.name)
-        if any("rollout/score" in row for row in rows):
-            panels["reinforcement"].append((method, rows))
-        elif any("eval/score" in row for row in rows):
-            panels["distillation"].append((method, rows))
-    panels = {title: runs for title, runs in panels.items() if runs}
-    if not panels:
-        raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, "
-                         "expected rollout/score or eval/score")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), sharey=True, squeeze=False)
-    methods = list(dict.fromkeys(method for runs in panels.values() for method, _ in runs))
-    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
-        for method, rows in runs:
-            for key, style, width in (("rollout/score", "-", 0.6), ("eval/score", "o-", 1.5)):
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, linewidth=width, markersize=4,
-                              color=f"C{methods.index(method)}", label=method if key == "eval/score" else None)
-        axis.set(title=title, xlabel="step", xlim=(0, None), ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        labels = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.legend(labels.values(), labels.keys(), loc="lower right")
-    axes[0, 0].set_ylabel("exact match, sampled")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 # ---- the program ----
 
 
 def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
     """Load, evaluate, write, print."""
     sets = read_sets(settings.questions, settings.limit)  # mistakes here show before the long loads
+    for budget in (settings.budget, *settings.budgets):
+        if budget is not None:
+            check_budget(budget, settings.max_context_tokens)
+    sets = {name: [replace(q, budget=settings.budget) for q in some] for name, some in sets.items()}
     device, name = settings.device, settings.name or Path(settings.model).name
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(settings.out or f"runs/eval/{name}")
     decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     policy = Policy(decoder, Tokenizer.load(settings.model))
-    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
-                               device=device)
+    retriever = None
+    if settings.max_turns > 0:
+        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
+                                   device=device)
     result: dict[str, Any] = {"name": name, "settings": asdict(settings)}
     if measures_arcap:
         result["arcap"] = arcap(policy, retriever, sets, settings, seed=settings.seed, progress=True)
         out.mkdir(parents=True, exist_ok=True)
         (out / "arcap.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{arcap_table([result])}\n\nwrote {out}/arcap.json")
+        return
+    if settings.budgets:
+        questions = [question for some in sets.values() for question in some]
+        result |= bard.measure(policy, questions, settings, settings.budgets, seed=settings.seed, retriever=retriever,
+                               progress=True)
+        bard.save_measures(result, out)
+        print(f"{bard.budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
         return
     episodes: list[Episode] = []
     result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,
@@ -405,6 +378,8 @@ def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["--table"]:
+        argv = ["table", *argv[1:]]
     if not argv or argv[0] not in ("table", "compare", "plot"):
         text = "Measure a model on question sets. Also: eval.py arcap, eval.py {table,compare,plot} --help."
         measures_arcap = argv[:1] == ["arcap"]
@@ -417,7 +392,8 @@ def main(argv: list[str]) -> None:
     if argv[0] == "plot":
         parser.add_argument("--out", default="curve.png", help="picture to write (curve.png)")
         given = parser.parse_args(argv[1:])
-        return plot_curves(given.files, given.out)
+        draw = plot_budgets if all(path.name == "budgets.json" for path in given.files) else plot_curves
+        return draw(given.files, given.out)
     parser.add_argument("--measure", default="em", choices=MEASURES[:6])
     if argv[0] == "table":
         given = parser.parse_args(argv[1:])

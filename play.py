@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bard import draw_budgets
 from data import Question, load_questions
 from episode import STATUSES, Episode, load_episodes, save_episodes
 from model import Tokenizer
@@ -40,7 +41,8 @@ def split_questions(path: str, val_size: int) -> tuple[list[Question], list[Ques
 
 
 def play(
-    run: Run, policy: Policy, retriever: Retriever, questions: list[Question], step: int, num: int, group_size: int = 1
+    run: Run, policy: Policy, retriever: Retriever | None, questions: list[Question], step: int, num: int,
+    group_size: int = 1,
 ) -> tuple[list[Episode], int]:
     """This process's share of the step's `num` episodes, sampled, and the place of its first one among them.
 
@@ -51,9 +53,9 @@ def play(
     per_epoch = max(1, len(questions) // num_questions)
     order = shuffled(len(questions), settings.seed, step // per_epoch)
     at = step % per_epoch * num_questions
-    chosen = order[at : at + num_questions]
+    chosen = draw_budgets([questions[i] for i in order[at : at + num_questions]], settings.budgets, settings.seed, step)
     begin, end = (len(chosen) * k // run.num_processes for k in (run.rank, run.rank + 1))
-    share = [questions[i] for i in chosen[begin:end] for _ in range(group_size)]
+    share = [question for question in chosen[begin:end] for _ in range(group_size)]
     with whole(policy.decoder):
         episodes = generate(policy, retriever, share, settings, seed=settings.seed,
                             first_episode=step * num + begin * group_size)
@@ -106,13 +108,15 @@ def read_generated(run: Run, steps_done: int, tokenizer: Tokenizer) -> list[Epis
 # ---- the teacher's episodes ----
 
 
-def write_episodes(run: Run, teacher: Policy, retriever: Retriever, questions: list[Question]) -> None:
-    """Phase episodes: one sampled episode for each question; the correct ones go to settings.episodes.
+def write_episodes(
+    run: Run, teacher: Policy, retriever: Retriever | None, questions: list[Question], path: str | Path
+) -> None:
+    """Phase episodes: one sampled episode for each question; the correct ones go to the file.
 
     Each process writes finished parts beside the file, so an interrupted run goes on where it stopped. The parts are
     named after all that they depend on: other settings, or another teacher, do not take them for their own.
     """
-    settings, path = run.settings, Path(run.settings.episodes)
+    settings, path = run.settings, Path(path)
     questions = questions[: settings.num_episode_questions or None]
     part_size = 1024
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(teacher.tokenizer.folder.iterdir())]

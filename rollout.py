@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import config
 from config import setting
-from data import Question
+from data import BUDGET_TEXT, Question, check_budget
 from episode import (
     NOTICE,
     Action,
@@ -40,12 +40,14 @@ from episode import (
     observation_ids,
     parse_action,
     prompt_segment,
+    thinking,
 )
 from kernels import blocked, in_blocks, sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
 from retriever import Passage, Retriever
 
 SEARCH_TRIES = 3
+THINK_END, ANSWER_START = "</think>", "<answer>"  # what a hard stop says in the agent's place
 # Tokens that the other rows write before the results of a search are looked at; on a CPU both want the same cores.
 SEARCH_STEPS = {"cpu": 1, "cuda": 8}
 MAX_PREFILL_TOKENS = 16384  # at once: what the MLP holds of them is what takes memory
@@ -63,6 +65,8 @@ class RolloutSettings:
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy")
     top_p: float = setting(1.0, "nucleus sampling; training needs 1.0")
     prompt: str = setting("paper", "'paper' (Table 7), 'short', 'row' (from the data), or a file with {question}")
+    budget_text: str = setting(BUDGET_TEXT, "how a question's budget is told; empty: it is kept from the agent")
+    hard_stop: bool = setting(False, "end the thinking at a question's budget and ask for the answer at once")
     rollout_rows: int = setting(64, "episodes in flight at once")
     cuda_graphs: bool = setting(False, "replay the steps of a GPU as CUDA graphs (not yet tried on one)")
 
@@ -124,7 +128,7 @@ class _Search(NamedTuple):
 
 def generate(
     policy: Policy,
-    retriever: Retriever,
+    retriever: Retriever | None,
     questions: Sequence[Question],
     settings: RolloutSettings,
     *,
@@ -139,9 +143,15 @@ def generate(
     Question i is episode first_episode + i; with seed and weights it fixes the episode, whatever else is in
     the batch. `progress` names a progress bar. KV is kept across turns: an observation is a prefill into the
     same row; a row is given to the next question when its episode ends. shown: ids that each agent reads before its
-    first turn; forced: text that this turn begins with, "<answer>" for example.
+    first turn; forced: text that this turn begins with, "<answer>" for example. retriever None: for max_turns 0.
     """
-    episodes = [Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt)]) for q in questions]
+    if retriever is None and settings.max_turns > 0:
+        raise ValueError(f"--max-turns {settings.max_turns}: got no corpus to search; give --corpus and --encoder, or "
+                         "--max-turns 0")
+    for budget in {question.budget for question in questions} - {None}:
+        check_budget(budget, settings.max_context_tokens)
+    episodes = [
+        Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt, settings.budget_text)]) for q in questions]
     opening = policy.tokenizer.encode(forced) if forced else []
     for episode, ids in zip(episodes, shown or [[]] * len(episodes), strict=True):
         if given := [*ids, *opening]:
@@ -304,6 +314,8 @@ class _Engine:
         turn.ids.append(token)
         turn.logprobs.append(logprob)
         row.query = _end_of_turn(row, self.policy.tokenizer, self.settings)
+        if row.query is None and not row.episode.status and len(row.pending) == 1 and self.settings.hard_stop:
+            _stop_thinking(row, self.policy.tokenizer, self.settings)
         return row.query is not None or bool(row.episode.status) or len(row.pending) > 1
 
     def ask(self, rows: list[_Row]) -> None:
@@ -374,15 +386,30 @@ def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> 
     return None
 
 
-def _observe(row: _Row, ids: list[int], settings: RolloutSettings) -> None:
-    """Append what the environment says and open the next agent turn, or end an episode that has no room."""
+def _observe(row: _Row, ids: list[int], settings: RolloutSettings, *, forced: str = "") -> None:
+    """Append what the environment says and open the next agent turn, or end an episode that has no room.
+
+    forced: the end of ids, with which the agent's turn goes on, rather than a new one begins.
+    """
     if row.cached + 1 + len(ids) >= settings.max_context_tokens:
         row.episode.status = "max_tokens"
         return
-    row.turn += 1
-    row.forced = ""
+    row.turn += not forced
+    row.forced = forced
     row.pending += ids
     row.episode.segments += [Segment("environment", ids), Segment("agent", [])]
+
+
+def _stop_thinking(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> None:
+    """At the budget: close the agent's thinking in its place, and let it write the answer."""
+    budget, turns = row.episode.question.budget, [s for s in row.episode.segments if s.author == "agent"]
+    if budget is None or sum(len(turn.ids) for turn in turns) < budget:
+        return
+    counts = [thinking(turn.ids, tokenizer) for turn in turns]
+    is_open, tail = counts[-1][1], tokenizer.decode(turns[-1].ids[-len(THINK_END) :])
+    is_closing = any(THINK_END.startswith(tail[i:]) for i in range(len(tail)))  # by itself, just now
+    if is_open and not is_closing and sum(count for count, _ in counts) >= budget:
+        _observe(row, tokenizer.encode(f" {THINK_END}\n{ANSWER_START}"), settings, forced=ANSWER_START)
 
 
 def _search(retriever: Retriever, queries: list[str], top_k: int) -> list[list[Passage]] | None:
@@ -408,6 +435,7 @@ class AskSettings(RolloutSettings):
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
     seed: int = setting(0, "sampling noise, when temperature > 0")
+    budget: int | None = setting(None, "tokens to think, told to the agent; --hard-stop makes it keep to them")
 
 
 def ask(words: list[str], argv: list[str]) -> None:
@@ -416,10 +444,12 @@ def ask(words: list[str], argv: list[str]) -> None:
         sys.exit('rollout.py: got no question; expected: python rollout.py ask "who wrote ..." --model DIR')
     settings = config.load(AskSettings, argv, prog="rollout.py ask", description="Watch one episode.",
                            default_config=Path(__file__).parent / "configs" / "world.toml",
-                           shared={f.name for f in fields(AskSettings)} - {"seed", "temperature", "dtype"})
+                           shared={f.name for f in fields(AskSettings)} - {"seed", "temperature", "dtype", "hard_stop"})
     policy = Policy(load_decoder(settings.model, dtype=getattr(torch, settings.dtype)), Tokenizer.load(settings.model))
-    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
-    question = Question("asked", " ".join(words), (), "asked")
+    retriever = None
+    if settings.max_turns > 0:
+        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+    question = Question("asked", " ".join(words), (), "asked", budget=settings.budget)
     [episode] = generate(policy, retriever, [question], settings, seed=settings.seed)
     print(episode_text(episode, policy.tokenizer))
 

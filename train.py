@@ -13,6 +13,9 @@ Phases
     ppo       guide = the initial policy, on all episodes (Search-R1)                  -> reinforce
     grpo      the same with advantages within a question's group, no critic            -> reinforce
     dgpo      guide = the teacher, on wrong episodes (Eq. 4)                           -> reinforce
+    bard-data a teacher's chains of thought, compressed to several budgets (bard.py)
+    bard-sft  sft on them                                                              -> distil
+    bard-rl   grpo, rewarded for being right within the budget                         -> reinforce
 
 Departures from the official code, with reasons
  1. Losses are one mean over the mini-batch's response tokens, whatever the number of processes and
@@ -36,7 +39,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import bard
 import config
+from bard import BardSettings, check_budgets, draw_budgets
 from collapse import signs_of_collapse
 from config import setting
 from data import Question
@@ -57,17 +62,18 @@ from dgpo import (
     whiten,
     wrong_episodes,
 )
-from episode import Batch, Episode, Packed, collate, load_episodes, pack
+from episode import Batch, Episode, Packed, collate, load_episodes, num_thinking_tokens, pack
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
-from parallel import end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
+from parallel import barrier, end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
 from play import episode_metrics, play, read_generated, shuffled, split_questions, write_episodes, write_generated
 from retriever import Retriever
-from rollout import Policy, RolloutSettings, generate
+from rollout import Policy, generate
 from run import Collapse, Run, Stop
 
-DISTIL, REINFORCE = ("sft", "kd", "taid", "gkd", "distillm"), ("ppo", "grpo", "dgpo")
-PHASES = ("episodes", *DISTIL, *REINFORCE)
+DISTIL = ("sft", "bard-sft", "kd", "taid", "gkd", "distillm")  # the first two without a teacher
+REINFORCE = ("ppo", "grpo", "bard-rl", "dgpo")
+PHASES = ("episodes", "bard-data", *DISTIL, *REINFORCE)
 DISTANCES = {"taid": "taid", "gkd": "reverse", "distillm": "skew"}  # from the teacher; of every other phase: forward
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
 COLLAPSED = 3  # exit status of a run that has collapsed and left its best weights
@@ -77,7 +83,7 @@ MAX_FIRST_LOG_RATIO = 1e-4
 
 
 @dataclass
-class TrainSettings(RolloutSettings):
+class TrainSettings(BardSettings):
     phase: str = setting("kd", "what to run", choices=PHASES)
     run_dir: str = setting("", "where the run writes; empty: runs/<phase>")
     resume: bool = setting(False, "continue the run in run_dir from its newest state, or start it where there is none")
@@ -365,8 +371,8 @@ def reinforce(
         rollout_s = time.perf_counter() - started
         # 2. score: Eq. 3, and the teacher's log-probabilities where Eq. 4 needs them
         batch = collate(episodes, pad_id=actor.tokenizer.pad_id).to(run.device)
-        mask, lengths = batch.response_mask, batch.lengths()
-        scores = torch.tensor([e.score for e in episodes], device=run.device)  # [B]
+        mask = batch.response_mask
+        scores = torch.tensor(episode_scores(episodes, actor.tokenizer, settings), device=run.device)  # [B]
         guided = {"wrong": wrong_episodes(scores), "all": scores == scores, "none": scores != scores}
         guided = guided[settings.kl_where].tolist()
         started = time.perf_counter()
@@ -381,6 +387,12 @@ def reinforce(
             sums_of_all = torch.tensor(sum_over_processes(*moments(advantages, mask)), dtype=torch.float64)
             stats = Moments(*sums_of_all.to(run.device))
             advantages = whiten(advantages, mask, stats=stats)
+        metrics = episode_metrics(episodes) | token_metrics(
+            episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
+        if settings.phase == "bard-rl":
+            batch, metrics = skip_equal_groups(batch, scores, group_size), metrics | budget_metrics(
+                episodes, scores, group_size, actor.tokenizer)
+        mask, lengths = batch.response_mask, batch.lengths()
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
         trained = [name for name in reversed(networks) if name == "critic" or step >= critic_only_steps]
@@ -409,8 +421,6 @@ def reinforce(
                     norms[name].append(update(parameters[name], adams[name], lr, settings.grad_clip))
         update_s = time.perf_counter() - started
         # 5. log, validate, save
-        metrics = episode_metrics(episodes) | token_metrics(
-            episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
         names = ["value_loss", "value_clip"] if "critic" in trained else []
         names += ["policy_loss", "clip_frac", "approx_kl", "entropy"] if "actor" in trained else []
         names.append("tokens")
@@ -427,6 +437,38 @@ def reinforce(
         if run.is_over():
             break
     run.finish(actor)
+
+
+def episode_scores(episodes: list[Episode], tokenizer: Tokenizer, settings: TrainSettings) -> list[float]:
+    """What each episode is worth: Eq. 3, or a reward that also looks at the budget."""
+    if settings.phase == "bard-rl":
+        return [bard.reward(e, tokenizer, settings) for e in episodes]
+    return [e.score for e in episodes]
+
+
+def equal_groups(scores: Tensor, group_size: int) -> Tensor:
+    """Groups whose episodes are all worth the same, of which nothing can be learnt: [B] -> [B / G] bool."""
+    groups = scores.view(-1, group_size)
+    return (groups == groups[:, :1]).all(1) if group_size > 1 else torch.zeros(len(scores), dtype=torch.bool)
+
+
+def skip_equal_groups(batch: Batch, scores: Tensor, group_size: int) -> Batch:
+    """The batch without response tokens in such groups: they would dilute the mean over tokens."""
+    skipped = equal_groups(scores, group_size).repeat_interleave(group_size).to(scores.device)  # [B]
+    return batch._replace(response_mask=batch.response_mask & ~skipped[:, None])
+
+
+def budget_metrics(
+    episodes: list[Episode], scores: Tensor, group_size: int, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """What a step's budgets did, over all processes."""
+    lengths = [num_thinking_tokens(e, tokenizer) for e in episodes]
+    kept = sum(length <= e.question.budget for e, length in zip(episodes, lengths, strict=True))
+    equal = equal_groups(scores, group_size)
+    n, total, thought, adhered, skipped, groups = sum_over_processes(*map(torch.tensor, (
+        len(episodes), scores.sum().item(), sum(lengths), kept, equal.sum().item(), len(equal))))
+    return {"rollout/reward": total / n, "rollout/thinking": thought / n, "rollout/adherence": adhered / n,
+            "rollout/equal_groups": skipped / groups}
 
 
 def backward(
@@ -531,13 +573,15 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
     phase = settings.phase
     if settings.phase == "taid" and settings.distance:
         raise ValueError(f"--distance {settings.distance}: got it for phase taid, whose target is its own; drop it")
-    advantage = settings.advantage or ("group" if phase == "grpo" else "gae")
+    if phase.startswith("bard"):
+        check_budgets(settings)
+    advantage = settings.advantage or ("group" if phase in ("grpo", "bard-rl") else "gae")
     if phase in REINFORCE and advantage == "group" and not 2 <= settings.group_size <= settings.prompts_per_step:
         raise ValueError(f"--group-size {settings.group_size}: expected at least 2, and at most --prompts-per-step "
                          f"({settings.prompts_per_step}), which counts episodes")
     return replace(
         settings, run_dir=settings.run_dir or f"runs/{phase}",
-        kl_where=settings.kl_where or ("all" if phase in ("ppo", "grpo") else "wrong"),
+        kl_where=settings.kl_where or ("wrong" if phase == "dgpo" else "all"),
         advantage=advantage,
         distance=settings.distance or ("forward" if phase not in DISTANCES else DISTANCES[phase]),
     )
@@ -547,26 +591,33 @@ def train(run: Run) -> None:
     settings, rank, num_processes, device = run.settings, run.rank, run.num_processes, run.device
     torch.manual_seed(settings.seed)
     teacher_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.teacher_dtype]
-    needs_search = settings.phase != "sft" or settings.eval_every > 0
+    acts = settings.phase not in ("sft", "bard-sft") or settings.eval_every > 0
+    if settings.phase == "bard-data" and settings.chains:
+        acts = False
     retriever, questions, val_questions = None, [], []
-    if needs_search:
-        if not (settings.questions and settings.corpus and settings.encoder):
+    if acts:
+        searches = settings.max_turns > 0
+        if not settings.questions or searches and not (settings.corpus and settings.encoder):
             raise ValueError(
                 f"phase {settings.phase}: got questions {settings.questions!r}, corpus {settings.corpus!r} and encoder "
-                f"{settings.encoder!r}, expected all three; give --questions, --corpus and --encoder"
+                f"{settings.encoder!r}, expected all three; give --questions, --corpus and --encoder (the last two are "
+                "not needed with --max-turns 0)"
             )
         questions, val_questions = split_questions(settings.questions, settings.val_size)
-        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
+        if searches:
+            retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
 
     if settings.phase == "episodes":
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
-        return write_episodes(run, teacher, retriever, questions)
+        return write_episodes(run, teacher, retriever, questions, settings.episodes)
+    if settings.phase == "bard-data":
+        return write_versions(run, retriever, questions, teacher_dtype)
 
     run.prepare_folder()
     student = load_policy(settings.student, device, "student")
     student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
     teacher = None
-    if settings.phase in DISTIL[1:] or (settings.phase == "dgpo" and settings.kl_where != "none"):
+    if settings.phase in DISTIL[2:] or (settings.phase == "dgpo" and settings.kl_where != "none"):
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
         check_same_tokens(student.tokenizer, teacher.tokenizer)
 
@@ -576,10 +627,13 @@ def train(run: Run) -> None:
             return {}
         at, end = (len(val_questions) * (rank + k) // num_processes for k in (0, 1))
         with whole(student.decoder):
-            episodes = generate(student, retriever, val_questions[at:end], settings, seed=settings.seed + 1,
-                                first_episode=at)
-        score, n = sum_over_processes(torch.tensor(sum(e.score for e in episodes)), torch.tensor(len(episodes)))
-        return {"eval/score": score / max(1, n)}
+            asked = draw_budgets(val_questions, settings.budgets, 0)[at:end]
+            episodes = generate(student, retriever, asked, settings, seed=settings.seed + 1, first_episode=at)
+        kept = [num_thinking_tokens(e, student.tokenizer) <= e.question.budget for e in episodes if settings.budgets]
+        score, adhered, n = sum_over_processes(*map(torch.tensor, (
+            sum(e.score for e in episodes), sum(kept), len(episodes))))
+        result = {"eval/score": score / max(1, n)}
+        return result | ({"eval/adherence": adhered / max(1, n)} if settings.budgets else {})
 
     if settings.phase in DISTIL:
         episodes = []
@@ -588,8 +642,9 @@ def train(run: Run) -> None:
                 if not teacher:
                     raise ValueError(f"--episodes: got {settings.episodes}, which is not there, expected episodes to "
                                      "learn from; --phase episodes makes the teacher's")
-                write_episodes(run, teacher, retriever, questions)
-            episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
+                write_episodes(run, teacher, retriever, questions, settings.episodes)
+            episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt,
+                                     budget_text=settings.budget_text)
         if settings.shard != "none":
             shard(student.decoder)
         if settings.shard == "all" and teacher:
@@ -607,6 +662,25 @@ def train(run: Run) -> None:
         if settings.shard == "all" and guide:
             shard(guide.decoder)
         reinforce(run, student, critic, guide, retriever, questions, validate)
+
+
+def write_versions(run: Run, retriever: Retriever | None, questions: list[Question], dtype: torch.dtype) -> None:
+    """Phase bard-data: chains of a file or of the teacher, asked by all processes; one compresses them."""
+    settings, chains = run.settings, run.settings.chains
+    teacher = frozen(load_policy(settings.teacher, run.device, "teacher", dtype)) if settings.teacher else None
+    if not chains:
+        chains = str(Path(settings.episodes).with_suffix(".chains.jsonl"))
+        if not run.agree(Path(chains).exists()):
+            if teacher is None:
+                raise ValueError("--teacher: got no checkpoint and no --chains, expected either to reason from")
+            write_episodes(run, teacher, retriever, questions, chains)
+    if run.rank == 0:
+        rules = settings.compressor == "trails"
+        compressor = None if rules else frozen(load_policy(settings.compressor, run.device, "compressor", dtype))
+        tokenizer = Tokenizer.load(settings.student)
+        run.say(bard.write_versions(settings.episodes, chains, tokenizer, compressor, teacher, settings,
+                                    seed=settings.seed))
+    barrier()
 
 
 if __name__ == "__main__":

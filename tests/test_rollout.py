@@ -24,10 +24,12 @@ from episode import (
     collate,
     demonstration,
     load_episodes,
+    num_thinking_tokens,
     observation_ids,
     observation_text,
     parse_action,
     save_episodes,
+    thinking,
 )
 from episode import main as write_demonstrations
 from model import Tokenizer, load_decoder, new_decoder
@@ -36,6 +38,7 @@ from rollout import Policy, RolloutSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 EOS = 257
+FORCED = b" </think>\n<answer>"  # a hard stop's words
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 MAX_WORLD_LOGPROB_DIFFERENCE = 1e-4  # six layers
 MAX_LOGPROB_DIFFERENCE = 1e-5  # fp32: sampler with a cache against one pass over the whole episode
@@ -103,7 +106,7 @@ class ScriptedDecoder(torch.nn.Module):
     def environment_spans(self, prefix: list[int]) -> set[int]:
         text = bytes_of(self.tokenizer, prefix)
         spans: set[int] = set()
-        for begin, end in ((b"\n\n<information>", b"</information>\n\n"), (NOTICE.encode(), b"")):
+        for begin, end in ((b"\n\n<information>", b"</information>\n\n"), (NOTICE.encode(), b""), (FORCED, b"")):
             start = text.find(begin)
             while start >= 0:
                 stop = text.find(end, start) + len(end) if end else start + len(begin)
@@ -155,7 +158,7 @@ def ask(name: str, golds: tuple[str, ...] = ("gold",)) -> Question:
     return Question(name, name, golds, "test")
 
 
-def play(tokenizer, scripts: dict[str, str], retriever=None, **changes) -> dict[str, Episode]:
+def play(tokenizer, scripts: dict[str, str], retriever=None, budget=None, **changes) -> dict[str, Episode]:
     ids = {name: tokenizer.encode(text) + [EOS] for name, text in scripts.items()}
     policy = Policy(ScriptedDecoder(tokenizer, ids), tokenizer)
     defaults = {
@@ -168,7 +171,7 @@ def play(tokenizer, scripts: dict[str, str], retriever=None, **changes) -> dict[
     }
     settings = RolloutSettings(**(defaults | changes))
     episodes = rollout.generate(
-        policy, retriever or FixedRetriever(), [ask(n) for n in scripts], settings, seed=0
+        policy, retriever or FixedRetriever(), [replace(ask(n), budget=budget) for n in scripts], settings, seed=0
     )
     return {e.question.id: e for e in episodes}
 
@@ -614,3 +617,78 @@ def test_ask_prints_one_episode_of_the_embedded_world(monkeypatch, capsys):
     rollout.main(["ask", "Who wrote the novel Silver Harbor?", "--model", "world/teacher"])
     printed = capsys.readouterr().out
     assert "| <search>" in printed and "<information>Doc 1(Title:" in printed and "[answered;" in printed
+
+
+# ---- budgets ----
+
+
+def test_a_budget_is_told_in_the_question_and_counts_what_is_thought(tokenizer):
+    text = "<think>abc</think><search> q1 </search><think>de</think><answer> gold </answer>"
+    episode = play(tokenizer, {"ask-a": text}, budget=12, budget_text="[{budget}]")["ask-a"]
+    assert "ask-a? [12]" in tokenizer.decode(episode.segments[0].ids)
+    assert num_thinking_tokens(episode, tokenizer) == 5  # over both turns, without tags and query
+    assert "[" not in tokenizer.decode(play(tokenizer, {"ask-a": text}, budget=12, budget_text="")["ask-a"].ids)
+    with pytest.raises(ValueError, match="--budget-text"):
+        play(tokenizer, {"ask-a": text}, budget=12, budget_text="think little")
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("<think>abc</think>", (3, False)), ("<think>abc", (3, True)), ("abc", (0, False)), ("<think></think>", (0, False)),
+    ("a<think>b</think>c<think>de</think>f", (3, False)), ("<think>a>b<c</think>", (5, False)),
+    ("</think><think>x", (1, True)), ("<think>a<think>b</think>", (9, False)), ("", (0, False)),
+])  # fmt: skip
+def test_thinking_is_counted_between_the_tags(tokenizer, text, expected):
+    assert thinking(tokenizer.encode(text), tokenizer) == expected
+
+
+def test_thinking_is_counted_where_tokens_are_words():
+    tokenizer = Tokenizer.load(ROOT / "world" / "student")
+    words = tokenizer.encode(" Harbor Gate , that is Gate ,")
+    ids = tokenizer.encode("<think>") + words + tokenizer.encode(" </think>\n<answer> Gate </answer>")
+    assert thinking(ids, tokenizer) == (len(words), False)
+    assert thinking(ids[: -len(tokenizer.encode(" </think>\n<answer> Gate </answer>"))], tokenizer)[1]
+
+
+THINKS_LONG = "<think>aaaaaaaaaa gold </answer>"
+
+
+def test_a_hard_stop_ends_the_thinking_at_the_budget_and_asks_for_the_answer(tokenizer):
+    episode = play(tokenizer, {"ask-a": THINKS_LONG}, budget=10, hard_stop=True, max_turns=0)["ask-a"]
+    assert [s.author for s in episode.segments] == ["prompt", "agent", "environment", "agent"]
+    assert tokenizer.decode(episode.segments[1].ids) == "<think>aaaaaaaaaa"
+    assert tokenizer.decode(episode.segments[2].ids).encode() == FORCED
+    assert (episode.status, episode.answer, num_thinking_tokens(episode, tokenizer)) == ("answered", "gold", 10)
+    assert play(tokenizer, {"ask-a": THINKS_LONG}, budget=10, max_turns=0)["ask-a"].answer is None
+
+
+def test_a_hard_stop_leaves_alone_what_ends_by_itself(tokenizer):
+    text = "<think>aaaaaaaaaa</think><answer> gold </answer>"
+    for budget in (11, 12, 500):  # at 11 the closing tag has just begun
+        episode = play(tokenizer, {"ask-a": text}, budget=budget, hard_stop=True, max_turns=0)["ask-a"]
+        assert [s.author for s in episode.segments] == ["prompt", "agent"] and episode.answer == "gold"
+
+
+def test_a_hard_stop_counts_the_thinking_of_all_turns(tokenizer):
+    text = "<think>aaaaaa</think><search> q1 </search><think>bbbb gold </answer>"
+    episode = play(tokenizer, {"ask-a": text}, budget=10, hard_stop=True)["ask-a"]
+    assert [s.author for s in episode.segments] == ["prompt", "agent", "environment", "agent", "environment", "agent"]
+    assert (episode.answer, num_thinking_tokens(episode, tokenizer)) == ("gold", 10)
+
+
+def test_a_hard_stop_without_room_for_the_answer_ends_the_episode(tokenizer):
+    start = len(play(tokenizer, {"ask-a": "x"}, budget=10, max_turns=0)["ask-a"].segments[0].ids)
+    episode = play(tokenizer, {"ask-a": THINKS_LONG}, budget=10, hard_stop=True, max_turns=0,
+                   max_context_tokens=start + 7 + 10 + 5)["ask-a"]
+    assert episode.status == "max_tokens"
+
+
+@pytest.mark.parametrize("budget", [0, -3, 900])
+def test_a_budget_that_cannot_be_is_refused(tokenizer, budget):
+    with pytest.raises(ValueError, match=f"--budget: got {budget}, expected 1 to 899"):
+        play(tokenizer, {"ask-a": "x"}, budget=budget)
+
+
+def test_without_a_retriever_no_turn_may_search(tokenizer):
+    policy = Policy(ScriptedDecoder(tokenizer, {}), tokenizer)
+    with pytest.raises(ValueError, match="--max-turns 0"):
+        rollout.generate(policy, None, [ask("ask-a")], RolloutSettings(), seed=0)

@@ -1,0 +1,109 @@
+"""Trails: reasoning questions of the embedded world, chains of thought about them, and chains made shorter.
+
+    python trails.py --out runs/trails     train.jsonl, test.jsonl, demonstrations.jsonl (for a teacher); seconds
+
+A question lists one-way roads in random order and asks where the trail from a place ends; other trails lie among them.
+
+    Gate Tower, Mill Lake, Harbor Gate, ... Which is last from Harbor, 12?
+
+What it was built to contain (none of it is evidence about real reasoning):
+
+1. Following a trail one road at a time needs one look at the list for each road. Trails have 2 to 32 roads, so that
+   natural chains are 27 to 390 tokens long: a factor of 14.
+2. The same chain can be told in fewer words down to a name for each road at no loss. Below that, places are left out,
+   and the model must follow several roads in its head: a tighter budget costs accuracy, a wider one does not.
+3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
+4. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from encyclopaedia import FIRST_WORDS, SECOND_WORDS
+
+PLACES = (*FIRST_WORDS, *SECOND_WORDS)
+MIN_ROADS, MAX_ROADS = 2, 32
+NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
+NUM_QUESTIONS = {"train": 4000, "test": 500}
+NUM_DEMONSTRATIONS = 10_000
+
+
+def question(rng: random.Random, id: str) -> tuple[dict, list[str]]:
+    """A row of a question file, and the trail that answers it."""
+    num_roads = rng.randint(MIN_ROADS, MAX_ROADS)
+    lengths = [num_roads, *(rng.randint(*OTHER_ROADS) for _ in range(NUM_OTHERS))]
+    places = rng.sample(PLACES, sum(lengths) + len(lengths))
+    trails = []
+    for length in lengths:
+        trails.append(places[: length + 1])
+        places = places[length + 1 :]
+    roads = [f"{start} {end}" for trail in trails for start, end in zip(trail, trail[1:], strict=False)]
+    rng.shuffle(roads)
+    trail = trails[0]
+    text = f"{', '.join(roads)}. Which is last from {trail[0]}, {num_roads}?"
+    row = {"id": id, "question": text, "golden_answers": [trail[-1]], "dataset": "trails"}
+    return row | {"metadata": {"num_roads": num_roads}}, trail
+
+
+# ---- chains: the same trail in many words and in few ----
+
+
+def natural_chain(trail: list[str]) -> str:
+    """Every road said and repeated, then the whole trail walked once more: 12 tokens a road."""
+    roads = [*zip(trail, trail[1:], strict=False)]
+    walk = " ".join(f"from {start} {end} , that is {end} ," for start, end in roads)
+    return f"{walk} {' '.join(f'and {start} {end} ,' for start, end in roads)} last is {trail[-1]}"
+
+
+def shorter_chains(trail: list[str]) -> Iterator[str]:
+    """The trail in fewer and fewer words; all end with its last place."""
+    roads = [*zip(trail, trail[1:], strict=False)]
+    yield " ".join(f"from {start} {end} , that is {end} ," for start, end in roads) + f" last is {trail[-1]}"
+    yield " ".join(f"from {start} {end} ," for start, end in roads) + f" last is {trail[-1]}"
+    yield " , ".join(trail[1:])
+    for stride in range(1, len(trail)):  # from 2 on places are left out
+        yield " ".join([*trail[stride:-1:stride], trail[-1]])
+
+
+def compress(chain: str, budget: int, num_tokens: Callable[[str], int]) -> str | None:
+    """The longest telling of a natural chain's trail that fits into the budget; None: no trail, or nothing fits."""
+    roads = re.findall(r"from (\w+) (\w+) ,", chain)
+    if not roads or any(end != start for (_, end), (start, _) in zip(roads, roads[1:], strict=False)):
+        return None
+    trail = [roads[0][0], *(end for _, end in roads)]
+    return next((text for text in (chain, *shorter_chains(trail)) if num_tokens(text) <= budget), None)
+
+
+# ---- the program ----
+
+
+def demonstration(row: dict, trail: list[str]) -> dict:
+    """An episode for sft (episode.load_episodes)."""
+    text = f"<think> {natural_chain(trail)} </think>\n<answer> {trail[-1]} </answer>"
+    return row | {"segments": [{"author": "agent", "text": text}]}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    print(f"{path}: {len(rows)} rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "trails.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/trails"), help="folder to write (runs/trails)")
+    out = parser.parse_args().out
+    for split, count in NUM_QUESTIONS.items():
+        rng = random.Random(f"trails {split}")
+        write(out / f"{split}.jsonl", [question(rng, f"{split}_{i}")[0] for i in range(count)])
+    rng = random.Random("trails demonstrations")
+    write(out / "demonstrations.jsonl", [demonstration(*question(rng, f"demo_{i}")) for i in range(NUM_DEMONSTRATIONS)])
+
+
+if __name__ == "__main__":
+    main()
