@@ -3,6 +3,7 @@
     python reproduce.py demo      one seed: episodes, kd, dgpo, exact match of four models, curve, an episode
     python reproduce.py rows      every row of the paper's tables: learning rates chosen, then three seeds; for some:
                                   --rows dgpo kd --seeds 0
+    python reproduce.py pairs     Table 3: PPO, KD and DGPO with a larger teacher, and of a Llama-type pair
     python reproduce.py report    tables, orderings, times and curves of what is recorded
 
 Every job is a command of train.py or eval.py, printed before it runs; a job whose result is there is not run
@@ -23,6 +24,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 import config
 import eval as evaluation
@@ -183,6 +186,9 @@ ROWS = {
 TUNING_RUNS = 3
 TUNING_SEED = 3
 GIVEN = {"student": "Student", "teacher": "Teacher"}
+# Other models of the world (world.py build-pairs), at the learning rates that were chosen for the first pair.
+PAIRS = {"": "first pair", "larger-teacher": "larger teacher", "llama": "Llama-type"}
+PAIR_ROWS = ("ppo", "kd", "dgpo")
 TABLES = {
     "Table 2": ("student", "teacher", "ppo", "sft-ppo", "gkd", "seqkd", "kd", "kd-long", "distillm", "taid", "dgpo"),
     "Table 6": ("dgpo", "without-cold-start", "uniform-kl", "without-teacher", "ppo-kd"),
@@ -200,33 +206,41 @@ CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guid
          "rollout/agent_tokens", "rollout/invalid", "rollout/max_tokens")  # fmt: skip
 
 
-def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Teacher episodes, the choice of learning rates, training, evaluation and ARCap of these rows."""
-    jobs = [episodes_job(runs, seed) for seed in (TUNING_SEED, *seeds)]
-    for name in names:
+def row_jobs(
+    runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int], models: Path = ROOT / "world",
+    tuned: Path | None = None,
+) -> list[Job]:
+    """Teacher episodes, the choice of learning rates, training, evaluation and ARCap of these rows.
+
+    models: the folder of student and teacher; tuned: records of rows whose choice is taken over, for other models.
+    """
+    teacher = ["--teacher", str(models / "teacher")]
+    jobs = [episodes_job(runs, seed, teacher) for seed in (*([] if tuned else [TUNING_SEED]), *seeds)]
+    for name in names if tuned is None else ():
         jobs += tuning_jobs(runs, records, name)
     for name in GIVEN:
         out = runs / f"eval-{name}"
-        jobs += measure(name, GIVEN[name], ROOT / "world" / name, out, (), records / f"{name}.json")
+        jobs += measure(name, GIVEN[name], models / name, out, (), records / f"{name}.json")
     for seed in seeds:
         for name in names:
             row, folder = ROWS[name], runs / f"{name}-{seed}"
-            student = runs / f"{row.begins}-{seed}" if row.begins else ROOT / "world" / "student"
+            student = runs / f"{row.begins}-{seed}" if row.begins else models / "student"
 
             def flags(name=name, seed=seed, folder=folder, student=student) -> list[str]:
-                return row_command(runs, name, seed, folder, student, best_run(records, name)["times"])
+                rate = best_run(tuned or records, name)["times"]
+                return row_command(runs, name, seed, folder, student, rate, *teacher)
 
             needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
-            needs += tuple(f"tune {name} {k}" for k in range(TUNING_RUNS))
+            needs += tuple(f"tune {name} {k}" for k in range(TUNING_RUNS) if tuned is None)
             jobs.append(Job(f"{name} {seed}", flags, folder / "model.safetensors", needs))
             jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
                             records / f"{name}-{seed}.json")
     return jobs
 
 
-def episodes_job(runs: Path, seed: int) -> Job:
+def episodes_job(runs: Path, seed: int, teacher: list[str]) -> Job:
     episodes = runs / f"episodes-{seed}.jsonl"
-    ask = ["train.py", "--phase", "episodes", "--episodes", str(episodes), "--seed", str(seed)]
+    ask = ["train.py", "--phase", "episodes", "--episodes", str(episodes), "--seed", str(seed), *teacher]
     return Job(f"episodes {seed}", lambda: ask, episodes)
 
 
@@ -364,11 +378,16 @@ def report(records: Path) -> str:
             lines += [f"{title}, exact match, greedy; mean over seeds, standard deviation of the average\n",
                       evaluation.table(present, beside={"paper's Avg.": paper}), ""]
     present = [record for name in TABLES["Table 2"] for record in found.get(name, [])]
+    lines += ["Table 3, average exact match of each pair of models\n", pairs_table(records), ""]
     lines += ["ARCap (Table 5), 200 questions a set\n", evaluation.arcap_table(present), ""]
     lines += ["Orderings that the paper claims: difference of the averages over sets, paired 95 % interval\n"]
     for left, right in ORDERINGS:
         if {run["seed"] for run in found.get(left, [])} & {run["seed"] for run in found.get(right, [])}:
             lines.append(verdict(found[left], found[right]))
+    for pair, label in [*PAIRS.items()][1:]:
+        others = read_records(records / pair)
+        lines += [f"{label}: {verdict(others['dgpo'], others[row])}" for row in ("kd", "ppo")
+                  if "dgpo" in others and row in others]
     lines += ["", "Training, seconds on one thread; best and last sampled score of a step (mean of 5), collapses\n"]
     for name, runs_of in found.items():
         if name in ROWS:
@@ -436,11 +455,36 @@ def rows(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) 
     print(report(records))
 
 
+def pairs(runs: Path, records: Path, seeds: Sequence[int]) -> None:
+    """Build the other models, run Table 3's rows with them and print the report."""
+    built = ROOT / "runs" / "world" / "pairs"
+    run_jobs([Job("build pairs", lambda: ["world.py", "build-pairs"], built / "llama" / "teacher" / "model.safetensors",
+                  cores=CORES)], runs / "logs")  # fmt: skip
+    for pair in [pair for pair in PAIRS if pair]:
+        run_jobs(row_jobs(runs / pair, records / pair, PAIR_ROWS, seeds, built / pair, tuned=records),
+                 runs / pair / "logs")  # fmt: skip
+    print(report(records))
+
+
+def pairs_table(records: Path) -> str:
+    """Table 3: averages of each pair, mean and standard deviation over seeds."""
+    found = {label: read_records(records / pair) for pair, label in PAIRS.items()}
+    lines = [["", *PAIRS.values()]]
+    for name in ("student", "teacher", *PAIR_ROWS):
+        cells = []
+        for rows_of in found.values():
+            averages = [run["average"]["em"] for run in rows_of.get(name, [])]
+            spread = f" \u00b1{np.std(averages, ddof=1):.3f}" if len(averages) > 1 else ""
+            cells.append(f"{np.mean(averages):.3f}{spread}" if averages else "-")
+        lines.append([GIVEN.get(name) or ROWS[name].label, *cells])
+    return evaluation.align(lines)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=("demo", "rows", "report"))
+    parser.add_argument("experiment", choices=("demo", "rows", "pairs", "report"))
     parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/demo, runs/rows)")
     parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
@@ -452,6 +496,8 @@ def main(argv: list[str]) -> None:
         demo(runs)
     elif options.experiment == "rows":
         rows(runs, records, options.rows, options.seeds)
+    elif options.experiment == "pairs":
+        pairs(runs, records, options.seeds)
     else:
         print(report(records))
         plot(records)

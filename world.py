@@ -4,6 +4,8 @@
   python world.py measure      how often each wording of a query finds its passage (training questions)
   python world.py build        build-data, then pretrains the student and trains the teacher (train.py --phase sft):
                                16 minutes on two cores beside another job
+  python world.py build-pairs  two more pairs in runs/world/pairs, from the shipped tokenizer and encoder: a teacher of
+                               twice the layers, and a Llama-type student and teacher; interrupt it and call it again
 
 What the world was built to contain (encyclopaedia.py says more; none of it is evidence about real data):
 
@@ -30,6 +32,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -37,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -75,7 +79,12 @@ SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
 DEMONSTRATIONS, DEMONSTRATION_WORLDS = 20_000, 40
 LIST_ROWS, READING_ROWS, ROWS_PER_WORLD = 6_000, 24_000, 150  # the student's pretraining, one after the other
 GLIMPSES = 1_100  # demonstrations that the student sees, once
-STUDENT_LAYERS, TEACHER_LAYERS = 3, 6
+STUDENT_LAYERS, TEACHER_LAYERS, LARGER_TEACHER_LAYERS = 3, 6, 12
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 512},
+}  # fmt: skip
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -443,11 +452,13 @@ def decoder_config(layers: int, vocab_size: int, eos_id: int) -> dict[str, Any]:
 
 
 def sft(student: Path, texts: Path, run_dir: Path, *, batch_size: int, lr: float, processes: int) -> None:
-    """One pass over the texts; a process has one thread."""
+    """One pass over the texts, or what is left of it; a process has one thread."""
+    if (run_dir / "model.safetensors").exists():
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "train.py"), "--phase", "sft", "--overwrite", "--student", str(student)]
+    command += [str(ROOT / "train.py"), "--phase", "sft", "--resume", "--student", str(student)]
     command += ["--episodes", str(texts), "--run-dir", str(run_dir), "--epochs", "1", "--kd-warmup-steps", "40"]
-    command += ["--kd-lr", str(lr), "--batch-size", str(batch_size), "--eval-every", "0", "--save-every", "0"]
+    command += ["--kd-lr", str(lr), "--batch-size", str(batch_size), "--eval-every", "0", "--save-every", "200"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -477,16 +488,33 @@ def ready_to_copy(decoder: Decoder) -> Decoder:
             attention.o_proj.weight.add_(0.2 * values.T)
         first, half = layers[0].self_attn, config.head_dim // 2
         angles = config.rope_frequencies()[:4]  # the fastest four tell neighbours apart
-        first.k_proj.bias[:4] = 2.7
-        first.q_proj.bias[:4] = 2.7 * angles.cos()
-        first.q_proj.bias[half : half + 4] = -2.7 * angles.sin()
+        key, query = torch.zeros(config.head_dim), torch.zeros(config.head_dim)
+        key[:4], query[:4], query[half : half + 4] = 2.7, 2.7 * angles.cos(), -2.7 * angles.sin()
+        if config.qkv_bias:
+            first.k_proj.bias[: len(key)], first.q_proj.bias[: len(query)] = key, query
+        else:  # the last channel is the same for all tokens, and stands for the bias
+            embeddings = decoder.model.embed_tokens.weight
+            for layer in layers:
+                for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    projection.weight[:, -1] = 0.0
+            embeddings[:, -1] = 1.0
+            constant = F.rms_norm(embeddings, embeddings.shape[1:])[:, -1].mean()
+            first.k_proj.weight[: len(key), -1] = key / constant
+            first.q_proj.weight[: len(query), -1] = query / constant
     return decoder
 
 
-def grow(decoder: Decoder, layers: int, *, seed: int) -> Decoder:
-    """The same function in more layers: what the new ones add to the residual stream starts at zero."""
-    grown = new_decoder({**decoder.config.public, "num_hidden_layers": layers}, seed)
-    state = grown.state_dict() | decoder.state_dict()
+def grow(decoder: Decoder, layers: int, *, seed: int, **changes: Any) -> Decoder:
+    """The same function in more layers: what the new ones add to the residual stream starts at zero.
+
+    changes: of config.json; more rows of the head than there are tokens, a head of its own.
+    """
+    grown = new_decoder({**decoder.config.public, "num_hidden_layers": layers, **changes}, seed)
+    old = decoder.state_dict()
+    if grown.lm_head is not None:
+        old["lm_head.weight"] = decoder.head_weight
+    state = grown.state_dict()
+    state |= {name: torch.cat([tensor, state[name][len(tensor) :]]) for name, tensor in old.items()}
     for layer in range(decoder.config.num_layers, layers):
         for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             state[f"model.layers.{layer}.{name}"] = torch.zeros_like(state[f"model.layers.{layer}.{name}"])
@@ -494,23 +522,59 @@ def grow(decoder: Decoder, layers: int, *, seed: int) -> Decoder:
     return grown
 
 
-def build_models(seed: int = SEED) -> None:
-    """Pretrain the student on plain text; grow the teacher from it and train that on the demonstrations."""
-    tokenizer = Tokenizer.load(SCRATCH / "tokenizer")
-    config = decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id)
-    save_decoder(ready_to_copy(new_decoder(config, seed)), tokenizer, SCRATCH / "student-0")
+def build_student(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], out: Path, seed: int) -> Decoder:
+    """Pretrain a student on plain text and show it some demonstrations; returns what it was before these."""
+    save_decoder(ready_to_copy(new_decoder(config, seed)), tokenizer, folder / "student-0")
     for number, texts in enumerate(("copying", "reading")):
-        start, end = SCRATCH / f"student-{number}", SCRATCH / f"student-{number + 1}"
+        start, end = folder / f"student-{number}", folder / f"student-{number + 1}"
         sft(start, SCRATCH / f"{texts}.jsonl", end, batch_size=8, lr=3e-3, processes=1)
-    reader = load_decoder(end)
     glimpses = random.Random("glimpses").sample(read_jsonl(SCRATCH / "demonstrations.jsonl"), GLIMPSES)
     write_jsonl(SCRATCH / "glimpses.jsonl", glimpses)
-    sft(end, SCRATCH / "glimpses.jsonl", SCRATCH / "student-3", batch_size=8, lr=2e-3, processes=1)
-    save_decoder(load_decoder(SCRATCH / "student-3"), tokenizer, WORLD / "student")
-    save_decoder(grow(reader, TEACHER_LAYERS, seed=1), tokenizer, SCRATCH / "teacher-0")
-    texts, end = SCRATCH / "demonstrations.jsonl", SCRATCH / "teacher"
-    sft(SCRATCH / "teacher-0", texts, end, batch_size=16, lr=2e-3, processes=2)
-    save_decoder(load_decoder(end), tokenizer, WORLD / "teacher")
+    sft(end, SCRATCH / "glimpses.jsonl", folder / "student-3", batch_size=8, lr=2e-3, processes=1)
+    save_decoder(load_decoder(folder / "student-3"), tokenizer, out)
+    return load_decoder(end)
+
+
+def build_teacher(folder: Path, tokenizer: Tokenizer, grown: Decoder, out: Path) -> None:
+    """Train a grown student on the demonstrations."""
+    save_decoder(grown, tokenizer, folder / "teacher-0")
+    sft(folder / "teacher-0", SCRATCH / "demonstrations.jsonl", folder / "teacher", batch_size=16, lr=2e-3, processes=2)
+    save_decoder(load_decoder(folder / "teacher"), tokenizer, out)
+
+
+def build_models(seed: int = SEED) -> None:
+    """The shipped student and teacher."""
+    tokenizer = Tokenizer.load(SCRATCH / "tokenizer")
+    for stale in (*SCRATCH.glob("student-*"), *SCRATCH.glob("teacher*")):  # of other texts, or another tokenizer
+        shutil.rmtree(stale)
+    config = decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id)
+    reader = build_student(SCRATCH, tokenizer, config, WORLD / "student", seed)
+    build_teacher(SCRATCH, tokenizer, grow(reader, TEACHER_LAYERS, seed=1), WORLD / "teacher")
+
+
+def build_pairs(seed: int = SEED) -> None:
+    """A larger teacher for the shipped student, as Qwen2.5 7B is to 0.5B (its head is padded further); a Llama-type
+    pair, as Llama 3 8B and 1B are (no biases, no token for padding, the teacher's head untied)."""
+    pairs, tokenizer = SCRATCH / "pairs", Tokenizer.load(WORLD / "student")
+    if not (pairs / "texts").exists():
+        write_jsonl(SCRATCH / "copying.jsonl", pretrain_rows(LIST_ROWS, 1000, lists=1.0))
+        write_jsonl(SCRATCH / "reading.jsonl", pretrain_rows(READING_ROWS, 2000, lists=0.1))
+        write_jsonl(SCRATCH / "demonstrations.jsonl", practice_demonstrations(DEMONSTRATIONS, DEMONSTRATION_WORLDS))
+        write_jsonl(pairs / "texts", [])  # they are whole
+    folder = pairs / "larger-teacher"
+    grown = grow(load_decoder(WORLD / "student"), LARGER_TEACHER_LAYERS, seed=1, vocab_size=tokenizer.size + 64)
+    build_teacher(folder / "building", tokenizer, grown, folder / "teacher")
+    save_decoder(load_decoder(WORLD / "student"), tokenizer, folder / "student")
+    folder = pairs / "llama"
+    shutil.copytree(tokenizer.folder, folder / "tokenizer", dirs_exist_ok=True)
+    about = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    about.pop("pad_token", None)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    config = decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id) | LLAMA
+    reader = build_student(folder / "building", tokenizer, config, folder / "student", seed)
+    grown = grow(reader, TEACHER_LAYERS, seed=1, tie_word_embeddings=False)
+    build_teacher(folder / "building", tokenizer, grown, folder / "teacher")
 
 
 # ---- the program
@@ -572,10 +636,10 @@ def measure(seed: int = SEED) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build-data", "measure", "build"))
+    parser.add_argument("command", choices=("build-data", "measure", "build", "build-pairs"))
     command = parser.parse_args().command
-    if command == "measure":
-        measure()
+    if command in ("measure", "build-pairs"):
+        measure() if command == "measure" else build_pairs()
         return
     build_data()
     if command == "build":

@@ -144,6 +144,25 @@ def test_a_tuning_run_is_kept_with_its_score_and_a_collapsed_one_counts_nothing(
     assert json.loads((tmp_path / "tuning" / "kd-1.json").read_text())["score"] == 0.0
 
 
+def test_another_pair_takes_over_the_rates_and_its_own_models(tmp_path):
+    tuned(tmp_path / "records", 0.1, 0.3, 0.2)
+    jobs = row_jobs(tmp_path / "runs", tmp_path / "records" / "llama", reproduce.PAIR_ROWS, [0], tmp_path / "models",
+                    tuned=tmp_path / "records")
+    assert not [job.name for job in jobs if job.name.startswith("tune")]
+    [dgpo] = [job for job in jobs if job.name == "dgpo 0"]
+    settings = config.load(train.TrainSettings, dgpo.flags()[1:], prog="train.py", description="")
+    assert settings.actor_lr == pytest.approx(2 * reproduce.row_settings("dgpo").actor_lr)
+    assert settings.teacher == str(tmp_path / "models" / "teacher") and settings.student.endswith("kd-0")
+
+
+def test_table_3_has_a_column_for_each_pair(tmp_path):
+    for seed in SEEDS:
+        record(tmp_path, "dgpo", seed, {"nq": 0.6})
+        record(tmp_path / "llama", "dgpo", seed, {"nq": 0.5 + 0.01 * seed})
+    text = reproduce.pairs_table(tmp_path)
+    assert "Llama-type" in text and "0.510 \u00b10.010" in text and "0.600 \u00b10.000" in text
+
+
 def test_tables_and_orderings_name_rows_that_exist():
     known = {*ROWS, *reproduce.GIVEN}
     assert {name for names in TABLES.values() for name in names} <= known

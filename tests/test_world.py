@@ -22,7 +22,7 @@ from encyclopaedia import (
     make_entities,
 )
 from episode import parse_action
-from model import Tokenizer, new_decoder
+from model import Tokenizer, new_decoder, rotate
 from retriever import Passage
 
 MAX_WORLD_BYTES = 10_000_000
@@ -152,19 +152,20 @@ def test_practice_worlds_differ_from_each_other_and_from_the_shipped_one(entitie
     assert all(len(titles) > 2000 for titles in drawn)
 
 
-def test_the_first_head_of_a_fresh_student_looks_one_token_back():
-    decoder = world.ready_to_copy(new_decoder(world.decoder_config(3, 50, 1), seed=0))
-    attention, half = decoder.model.layers[0].self_attn, decoder.config.head_dim // 2
-    query, key = (p.bias[: 2 * half].detach() for p in (attention.q_proj, attention.k_proj))
-
-    def score(distance: int) -> float:  # of a key `distance` tokens back, by the rotation of rope alone
-        angle = -distance * decoder.config.rope_frequencies()
-        turned = torch.cat([key[:half] * angle.cos() - key[half:] * angle.sin(),
-                            key[half:] * angle.cos() + key[:half] * angle.sin()])  # fmt: skip
-        return float(query @ turned)
-
-    scores = [score(distance) for distance in range(40)]
-    assert scores.index(max(scores)) == 1
+@pytest.mark.parametrize("family", [{}, world.LLAMA], ids=["qwen2", "llama"])
+def test_the_first_head_of_a_fresh_student_looks_one_token_back(family):
+    decoder = world.ready_to_copy(new_decoder(world.decoder_config(3, 50, 1) | family, seed=0))
+    attention, config, length = decoder.model.layers[0].self_attn, decoder.config, 40
+    x = torch.zeros(1, length, config.hidden_size)  # what all tokens share: nothing, or the channel that stands for 1
+    if not config.qkv_bias:
+        x[..., -1] = decoder.model.layers[0].input_layernorm(decoder.model.embed_tokens.weight)[:, -1].mean()
+    cos, sin = decoder._rotary(torch.arange(length)[None], torch.float32)
+    with torch.no_grad():
+        query, key = (
+            rotate(projection(x).view(1, length, heads, config.head_dim), cos, sin)[0, :, 0]
+            for projection, heads in ((attention.q_proj, config.num_heads), (attention.k_proj, config.num_kv_heads)))
+    scores = query @ key.T  # [T, T] of the first head
+    assert all(int(scores[t, : t + 1].argmax()) == t - 1 for t in range(1, length))
 
 
 def test_the_expert_is_right_when_every_search_finds_its_passage(entities, contents, rows):
@@ -214,3 +215,6 @@ def test_a_grown_decoder_computes_the_same_function():
     small = new_decoder(world.decoder_config(2, 50, 1), seed=0)
     ids = torch.arange(40).view(2, 20)
     assert torch.equal(world.grow(small, 4, seed=1)(ids), small(ids))
+    larger = world.grow(small, 3, seed=1, vocab_size=58, tie_word_embeddings=False)
+    assert larger.lm_head is not None and larger(ids).shape[-1] == 58
+    torch.testing.assert_close(larger(ids)[..., :50], small(ids))
