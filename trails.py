@@ -1,6 +1,6 @@
 """Trails: reasoning questions of the embedded world, chains of thought about them, and chains made shorter.
 
-    python trails.py --out runs/trails     train.jsonl, test.jsonl, demonstrations.jsonl (for a teacher); seconds
+    python world.py build-trails     questions, practice texts, student and teacher in runs/trails; minutes
 
 A question lists one-way roads in random order and asks where the trail from a place ends; other trails lie among them.
 
@@ -16,12 +16,9 @@ What it was built to contain (none of it is evidence about real reasoning):
 4. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
 """
 
-import argparse
-import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from encyclopaedia import FIRST_WORDS, SECOND_WORDS
 
@@ -29,7 +26,8 @@ PLACES = (*FIRST_WORDS, *SECOND_WORDS)
 MIN_ROADS, MAX_ROADS = 2, 32
 NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
 NUM_QUESTIONS = {"train": 4000, "test": 500}
-NUM_DEMONSTRATIONS = 10_000
+NUM_DEMONSTRATIONS, NUM_RECALLS = 4_000, 12_000
+RECALLED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # roads of a list that the student practises on
 
 
 def question(rng: random.Random, id: str) -> tuple[dict, list[str]]:
@@ -78,32 +76,31 @@ def compress(chain: str, budget: int, num_tokens: Callable[[str], int]) -> str |
     return next((text for text in (chain, *shorter_chains(trail)) if num_tokens(text) <= budget), None)
 
 
-# ---- the program ----
+# ---- texts to learn from
 
 
-def demonstration(row: dict, trail: list[str]) -> dict:
-    """An episode for sft (episode.load_episodes)."""
+def demonstration(rng: random.Random, id: str) -> dict:
+    """An episode for the teacher (episode.load_episodes): a question and its natural chain."""
+    row, trail = question(rng, id)
     text = f"<think> {natural_chain(trail)} </think>\n<answer> {trail[-1]} </answer>"
     return row | {"segments": [{"author": "agent", "text": text}]}
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
-    print(f"{path}: {len(rows)} rows")
+def recall(rng: random.Random, id: str) -> dict:
+    """Text for the student: roads, and the same roads in another order; to look one up is all there is to learn."""
+    places = rng.sample(PLACES, rng.choice(RECALLED) + 1)
+    roads = [f"{start} {end}" for start, end in zip(places, places[1:], strict=False)]
+    shown, told = rng.sample(roads, len(roads)), rng.sample(roads, len(roads))
+    segments = [{"author": "environment", "text": f" {', '.join(shown)}."},
+                {"author": "agent", "text": f" {', '.join(told)}."}]  # fmt: skip
+    return {"id": id, "question": "", "golden_answers": [], "segments": segments}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "trails.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/trails"), help="folder to write (runs/trails)")
-    out = parser.parse_args().out
-    for split, count in NUM_QUESTIONS.items():
-        rng = random.Random(f"trails {split}")
-        write(out / f"{split}.jsonl", [question(rng, f"{split}_{i}")[0] for i in range(count)])
-    rng = random.Random("trails demonstrations")
-    write(out / "demonstrations.jsonl", [demonstration(*question(rng, f"demo_{i}")) for i in range(NUM_DEMONSTRATIONS)])
-
-
-if __name__ == "__main__":
-    main()
+def make_rows(split: str) -> list[dict]:
+    """The rows of train, test, demonstrations or recall, the same on every machine."""
+    rng = random.Random(f"trails {split}")
+    if split == "recall":
+        return [recall(rng, f"recall_{i}") for i in range(NUM_RECALLS)]
+    if split == "demonstrations":
+        return [demonstration(rng, f"demonstration_{i}") for i in range(NUM_DEMONSTRATIONS)]
+    return [question(rng, f"{split}_{i}")[0] for i in range(NUM_QUESTIONS[split])]

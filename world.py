@@ -6,6 +6,7 @@
                                16 minutes on two cores beside another job
   python world.py build-pairs  two more pairs in runs/world/pairs, from the shipped tokenizer and encoder: a teacher of
                                twice the layers, and a Llama-type student and teacher; interrupt it and call it again
+  python world.py build-trails reasoning questions (trails.py) in runs/trails, and a student and a teacher for them
 
 What the world was built to contain (encyclopaedia.py says more; none of it is evidence about real data):
 
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import trails
 from encyclopaedia import (
     FAMILY_NAMES,
     FIRST_WORDS,
@@ -68,7 +70,7 @@ from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_en
 from retriever import Retriever
 
 ROOT = Path(__file__).resolve().parent
-WORLD, SCRATCH = ROOT / "world", ROOT / "runs" / "world"
+WORLD, SCRATCH, TRAILS = ROOT / "world", ROOT / "runs" / "world", ROOT / "runs" / "trails"
 SEED = 7
 VOCAB_SIZE, ENCODER_VOCAB_SIZE = 1536, 2000
 TOP_K, MAX_SEARCHES = 1, 4
@@ -542,6 +544,53 @@ def build_teacher(folder: Path, tokenizer: Tokenizer, grown: Decoder, out: Path)
     save_decoder(load_decoder(folder / "teacher"), tokenizer, out)
 
 
+def ready_to_look_up(decoder: Decoder, seed: int) -> Decoder:
+    """Starting weights that find what followed an earlier token like this one (an induction head), laid by hand.
+
+    The first head of the first layer looks one token back and notes a code of what it sees in channels of its own;
+    the first head of the second layer looks for the note that matches its own token, and copies what it finds. From
+    plain noise, and from ready_to_copy, 900 to 1,200 steps did not find this (docs/log.md).
+    """
+    config, generator = decoder.config, torch.Generator().manual_seed(seed)
+    width, size, half = config.hidden_size, config.head_dim, config.head_dim // 2
+    slow = (torch.arange(size) % half >= half // 2)[:, None]  # channels that the rotation hardly turns
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight.mul_(10)
+        decoder.model.norm.weight.fill_(0.3)
+        back, look = (layer.self_attn for layer in decoder.model.layers[:2])
+        place = torch.linalg.qr(torch.randn(width, size, generator=generator))[0]  # [D, Dh] orthonormal
+        code = torch.randn(size, width, generator=generator) / width**0.5
+        code = code - code @ place @ place.T  # [Dh, D]: blind to the notes
+        angles = config.rope_frequencies()[: half // 2]
+        for projection in (back.q_proj, back.k_proj):
+            projection.weight[:size], projection.bias[:size] = 0.0, 0.0
+        back.k_proj.bias[: half // 2] = 5.0
+        back.q_proj.bias[: half // 2] = 5.0 * angles.cos()
+        back.q_proj.bias[half : half + half // 2] = -5.0 * angles.sin()
+        back.v_proj.weight[:size], back.o_proj.weight[:, :size] = code, place
+        look.q_proj.weight[:size], look.k_proj.weight[:size] = 4.0 * code * slow, 4.0 * place.T * slow
+        values = torch.linalg.qr(torch.randn(width, size, generator=generator))[0]
+        look.v_proj.weight[:size], look.o_proj.weight[:, :size] = values.T, values
+    return decoder
+
+
+def build_trails(seed: int = SEED) -> None:
+    """The reasoning questions; a student that can look roads up, and a teacher grown from it that follows trails."""
+    tokenizer = Tokenizer.load(WORLD / "student")
+    for split in ("train", "test", "demonstrations", "recall"):
+        write_jsonl(TRAILS / f"{split}.jsonl", trails.make_rows(split))
+    fresh = new_decoder(decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id), seed)
+    building = TRAILS / "building"
+    save_decoder(ready_to_look_up(fresh, seed), tokenizer, building / "student-0")
+    sft(building / "student-0", TRAILS / "recall.jsonl", building / "student-1", batch_size=16, lr=2e-3, processes=2)
+    save_decoder(load_decoder(building / "student-1"), tokenizer, TRAILS / "student")
+    grown = grow(load_decoder(building / "student-1"), TEACHER_LAYERS, seed=1)
+    save_decoder(grown, tokenizer, building / "teacher-0")
+    sft(building / "teacher-0", TRAILS / "demonstrations.jsonl", building / "teacher-1", batch_size=16, lr=1e-3,
+        processes=2)
+    save_decoder(load_decoder(building / "teacher-1"), tokenizer, TRAILS / "teacher")
+
+
 def build_models(seed: int = SEED) -> None:
     """The shipped student and teacher."""
     tokenizer = Tokenizer.load(SCRATCH / "tokenizer")
@@ -636,11 +685,10 @@ def measure(seed: int = SEED) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build-data", "measure", "build", "build-pairs"))
+    parser.add_argument("command", choices=("build-data", "measure", "build", "build-pairs", "build-trails"))
     command = parser.parse_args().command
-    if command in ("measure", "build-pairs"):
-        measure() if command == "measure" else build_pairs()
-        return
+    if command in (others := {"measure": measure, "build-pairs": build_pairs, "build-trails": build_trails}):
+        return others[command]()
     build_data()
     if command == "build":
         build_models()

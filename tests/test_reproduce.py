@@ -10,9 +10,12 @@ import pytest
 
 import config
 import eval as evaluation
+import jobs
 import reproduce
+import reproduce_bard
 import train
-from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, Job, read_records, row_jobs, run_jobs, verdict
+from jobs import Job, run_jobs
+from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, read_records, row_jobs, verdict
 
 
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
@@ -86,7 +89,7 @@ def tuned(records: Path, *scores: float) -> None:
     for name in ROWS:
         for k, (times, score) in enumerate(zip((1.0, 2.0, third), scores, strict=False)):
             found = {"row": name, "run": k, "times": times, "score": score}
-            reproduce.write_json(reproduce.tuning_record(records, name, k), found)
+            jobs.write_json(reproduce.tuning_record(records, name, k), found)
 
 
 def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
@@ -218,3 +221,50 @@ def test_curves_are_drawn_of_what_is_recorded(tmp_path):
     reproduce.plot(folder)
     assert (tmp_path / "world-figure-6.png").stat().st_size > 1000
     assert not (tmp_path / "world-figure-4.png").exists()
+
+
+# ---- BARD ----
+
+
+def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
+    jobs = reproduce_bard.row_jobs(tmp_path / "runs", tmp_path / "records", list(reproduce_bard.ROWS), [1])
+    phases = {}
+    for job in jobs:
+        program, *flags = job.flags()
+        if program == "train.py":
+            settings = config.load(train.TrainSettings, flags, prog=program, description="")
+            phases[job.name] = train.with_defaults(settings)
+        else:
+            phases[job.name] = config.load(
+                evaluation.EvalSettings, flags, prog=program, description="", shared=evaluation.SHARED)
+    assert phases["data 1"].phase == "bard-data" and phases["data 1"].budgets
+    assert not phases["agnostic 1"].budgets and phases["agnostic 1"].episodes.endswith("chains.jsonl")
+    assert phases["agnostic 1"].phase == "sft" and phases["measure agnostic 1"].budget_text == ""
+    assert phases["rl 1"].student.endswith("agnostic-1") and phases["bard 1"].student.endswith("sft-1")
+    assert phases["bard 1"].advantage == "group" and phases["additive 1"].budget_reward == "additive"
+    assert set(phases["measure bard 1"].budgets) == set(reproduce_bard.MEASURED)
+    trained = set(phases["bard 1"].budgets)
+    assert trained >= set(reproduce_bard.TRAINED) and not trained & set(reproduce_bard.HELD_OUT)
+    steps = {phases[f"{name} 1"].steps for name in ("rl", "bard", "additive")}
+    assert len(steps) == 1  # equal compute
+
+
+def bard_record(folder: Path, row: str, seed: int, share: float) -> None:
+    measures = ("adherence", "accuracy", "accuracy_free", "length", "overshoot", "relative_error", "use")
+    values, right = dict.fromkeys(measures, share), int(300 * share)
+    found = {"name": reproduce_bard.ROWS[row].label, "row": row, "seed": seed, "spearman": 0.9, "area": share,
+             "train_s": 1.0, "budgets": {b: values for b in reproduce_bard.MEASURED},
+             "correct": {b: "1" * right + "0" * (300 - right) for b in reproduce_bard.MEASURED}}  # fmt: skip
+    jobs.write_json(folder / f"{row}-{seed}.json", found)
+
+
+def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
+    for seed in SEEDS:
+        bard_record(tmp_path, "bard", seed, 0.8)
+        bard_record(tmp_path, "agnostic", seed, 0.5)
+        bard_record(tmp_path, "sft", seed, 0.8)
+    text = reproduce_bard.report(tmp_path)
+    assert "BARD > agnostic, truncated: 16 +0.300*" in text and "BARD > SFT only: 16 +0.000 " in text
+    assert "24*" in text and "RL only" not in text
+    with pytest.raises(RuntimeError, match="reproduce_bard.py run"):
+        reproduce_bard.report(tmp_path / "nothing")

@@ -168,6 +168,24 @@ def test_the_first_head_of_a_fresh_student_looks_one_token_back(family):
     assert all(int(scores[t, : t + 1].argmax()) == t - 1 for t in range(1, length))
 
 
+def test_a_fresh_student_of_trails_looks_at_what_followed_its_word_before():
+    decoder = world.ready_to_look_up(new_decoder(world.decoder_config(3, 200, 1), seed=0), seed=0)
+    config, generator, found = decoder.config, torch.Generator().manual_seed(1), []
+    for _ in range(20):
+        ids = torch.randperm(200, generator=generator)[:81]
+        ids[-1] = ids[37]  # position 38 is what it should look at
+        with torch.no_grad():
+            x = decoder.model.embed_tokens(ids[None])
+            cos, sin = decoder._rotary(torch.arange(81)[None], torch.float32)
+            x = decoder.model.layers[0](x, cos, sin, [81], None)
+            attention, x = decoder.model.layers[1].self_attn, decoder.model.layers[1].input_layernorm(x)
+            query = attention.q_proj(x).view(1, 81, config.num_heads, config.head_dim)
+            key = attention.k_proj(x).view(1, 81, config.num_kv_heads, config.head_dim)
+            query, key = (rotate(states, cos, sin)[0, :, 0] for states in (query, key))
+        found.append(int((query[-1] @ key.T).argmax()))
+    assert found.count(38) >= 12  # of 20, among 81 places
+
+
 def test_the_expert_is_right_when_every_search_finds_its_passage(entities, contents, rows):
     def first_hops(query: str) -> list[str]:
         wanted = [title for title, entity in entities.items() if entity.name in query]

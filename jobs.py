@@ -1,0 +1,111 @@
+"""Jobs of experiments: commands of this project, side by side, each run once; an interrupted call goes on where it was.
+
+Processes have one thread each: models of the embedded world gain little from a second, so two jobs run beside each
+other on two cores, or one in two processes.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CORES = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    flags: Callable[[], list[str]]  # called when the job starts: it may depend on what ran before
+    done: Path  # the file whose presence says that the job has ended well
+    needs: tuple[str, ...] = ()
+    cores: int = 1
+    after: Callable[[], None] | None = None  # what is left to do here once the command has ended well
+
+
+def torchrun(processes: int) -> list[str]:
+    """`torchrun train.py` for this interpreter; one process needs no launcher."""
+    if processes == 1:
+        return ["train.py"]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+
+
+def train_job(
+    name: str, phase: str, folder: Path, *flags: str, needs: tuple[str, ...] = (), processes: int = 1
+) -> Job:
+    command = [*torchrun(processes), "--phase", phase, "--run-dir", str(folder), "--resume", *flags]
+    return Job(name, lambda: command, folder / "model.safetensors", needs, processes)
+
+
+def eval_job(name: str, model: Path, out: Path, *flags: str, needs: tuple[str, ...] = ()) -> Job:
+    command = ["eval.py", "--model", str(model), "--name", name, "--out", str(out), *flags]
+    return Job(f"eval {out.name}", lambda: command, out / "result.json", needs)
+
+
+def run_jobs(jobs: list[Job], logs: Path) -> None:
+    """Run the jobs in order as cores become free, each once its needs are met; stop at the first failure."""
+    logs.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    def run(job: Job) -> Job:
+        command = [sys.executable, *job.flags()]
+        print(
+            f"[{time.perf_counter() - started:5.0f} s] {job.name}: {shlex.join(['python', *command[1:]])}",
+            flush=True,
+        )
+        log = logs / f"{job.name.replace(' ', '-')}.log"
+        with log.open("w") as file:
+            code = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ).returncode
+        if (job.done.parent / "collapse.txt").exists():
+            code = 0  # it has left its best weights, which are its result
+        if code == 0 and job.after:
+            job.after()
+        if code or not job.done.exists():
+            tail = log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{job.name} failed with exit status {code}; the end of {log}:\n{tail}")
+        return job
+
+    met = {job.name for job in jobs if job.done.exists()}
+    waiting = [job for job in jobs if job.name not in met]
+    running: set[Future] = set()
+    free = CORES
+    with ThreadPoolExecutor(CORES) as pool:
+        while waiting or running:
+            for job in [job for job in waiting if met.issuperset(job.needs)]:
+                if job.cores <= free:
+                    free -= job.cores
+                    waiting.remove(job)
+                    running.add(pool.submit(run, job))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for job in [future.result() for future in finished]:
+                free += job.cores
+                met.add(job.name)
+    print(f"[{time.perf_counter() - started:5.0f} s] all jobs done", flush=True)
+
+
+def seconds(folder: Path) -> float:
+    """Time of a run's steps."""
+    return sum(json.loads(line)["seconds"] for line in (folder / "perf.jsonl").read_text().splitlines())
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def write_json(path: Path, found: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found) + "\n")
+    partial.replace(path)
