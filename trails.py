@@ -51,20 +51,20 @@ def question(rng: random.Random, id: str) -> tuple[dict, list[str]]:
 
 
 def natural_chain(trail: list[str]) -> str:
-    """Every road said and repeated, then the whole trail walked once more: 12 tokens a road."""
-    roads = [*zip(trail, trail[1:], strict=False)]
-    walk = " ".join(f"from {start} {end} , that is {end} ," for start, end in roads)
-    return f"{walk} {' '.join(f'and {start} {end} ,' for start, end in roads)} last is {trail[-1]}"
+    """Every road looked up, repeated and looked up again: 12 tokens a road."""
+    roads = zip(trail, trail[1:], strict=False)
+    return " ".join(f"from {start} {end} , that is {end} , and {start} {end} ," for start, end in roads) + (
+        f" last is {trail[-1]}")
 
 
 def shorter_chains(trail: list[str]) -> Iterator[str]:
     """The trail in fewer and fewer words; all end with its last place."""
-    roads = [*zip(trail, trail[1:], strict=False)]
-    yield " ".join(f"from {start} {end} , that is {end} ," for start, end in roads) + f" last is {trail[-1]}"
-    yield " ".join(f"from {start} {end} ," for start, end in roads) + f" last is {trail[-1]}"
-    yield " , ".join(trail[1:])
+    roads, last = [*zip(trail, trail[1:], strict=False)], f"last is {trail[-1]}"
+    yield " ".join([*(f"from {start} {end} , that is {end} ," for start, end in roads), last])
+    yield " ".join([*(f"from {start} {end} ," for start, end in roads), last])
+    yield " ".join([*(f"{end} ," for end in trail[1:]), last])
     for stride in range(1, len(trail)):  # from 2 on places are left out
-        yield " ".join([*trail[stride:-1:stride], trail[-1]])
+        yield " ".join([*trail[stride:-1:stride], last])
 
 
 def compress(chain: str, budget: int, num_tokens: Callable[[str], int]) -> str | None:
