@@ -96,6 +96,18 @@ def plot_budgets(paths: Sequence[str | Path], out: str | Path) -> None:
     save(figure, out)
 
 
+def plot_sizes(series: dict[str, list[tuple[int, float]]], out: str | Path) -> None:
+    """Exact match against the number of parameters (Figure 3): a line for each name."""
+    figure, axis = load_pyplot().subplots(figsize=(4, 3))
+    for name, points in series.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+    axis.set(xlabel="parameters", ylabel="exact match, average", ylim=(0, 1))
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save(figure, out)
+
+
 def plot_rewards(out: str | Path, *, budget: int = 100) -> None:
     """Each form of the reward against the length of thinking, of right (solid) and wrong answers (dashed)."""
     figure, axis = load_pyplot().subplots(figsize=(5, 3.6))

@@ -28,7 +28,8 @@ import config
 import eval as evaluation
 import train
 from jobs import CORES, Job, eval_job, result, run_jobs, seconds, torchrun, train_job, write_json
-from plots import plot_curves
+from model import load_decoder
+from plots import plot_curves, plot_sizes
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -68,7 +69,7 @@ def demo(runs: Path) -> None:
 class Row:
     label: str
     presets: tuple[str, ...] = ()  # after configs/world.toml
-    begins: str = ""  # the row whose model it starts from; empty: the plain student
+    begins: str = ""  # the row whose model it starts from, or "teacher"; empty: the plain student
     flags: tuple[str, ...] = ()
 
 
@@ -91,6 +92,7 @@ ROWS = {
     "ppo-kd": Row("(d) PPO -> KD", ("ppo-kd",), "ppo"),
     "dgpo-grpo": Row("DGPO with GRPO", ("dgpo-grpo",), "kd"),
     "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd", flags=("--steps", "180")),
+    "teacher-ppo": Row("Teacher, PPO", ("ppo",), "teacher"),
 }
 # The same tuning for every row: three runs of half the row's length with a seed of their own, at the preset's learning
 # rate, at twice that, and beyond the better of the two. The one with the best sampled score on the validation questions
@@ -103,6 +105,7 @@ PAIRS = {"": "first pair", "larger-teacher": "larger teacher", "llama": "Llama-t
 PAIR_ROWS = ("ppo", "kd", "dgpo")
 TABLES = {
     "Table 2": ("student", "teacher", "ppo", "sft-ppo", "gkd", "seqkd", "kd", "kd-long", "distillm", "taid", "dgpo"),
+    "Figure 3": ("student", "ppo", "teacher", "teacher-ppo"),
     "Table 6": ("dgpo", "without-cold-start", "uniform-kl", "without-teacher", "ppo-kd"),
     "Figure 6": ("dgpo", "dgpo-grpo", "without-cold-start", "gkd", "kd-gkd", "ppo", "grpo"),
 }
@@ -136,13 +139,15 @@ def row_jobs(
     for seed in seeds:
         for name in names:
             row, folder = ROWS[name], runs / f"{name}-{seed}"
-            student = runs / f"{row.begins}-{seed}" if row.begins else models / "student"
+            student = models / (row.begins or "student")
+            if row.begins in ROWS:
+                student = runs / f"{row.begins}-{seed}"
 
             def flags(name=name, seed=seed, folder=folder, student=student) -> list[str]:
                 rate = best_run(tuned or records, name)["times"]
                 return row_command(runs, name, seed, folder, student, rate, *teacher)
 
-            needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
+            needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins in ROWS else []))
             needs += tuple(f"tune {name} {k}" for k in range(TUNING_RUNS) if tuned is None)
             jobs.append(Job(f"{name} {seed}", flags, folder / "model.safetensors", needs))
             jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
@@ -186,12 +191,14 @@ def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:
         folder = runs / f"tune-{name}-{k}"
 
         def flags(k=k, folder=folder) -> list[str]:
-            student = runs / f"tune-{begins}-{best_run(records, begins)['run']}" if begins else ROOT / "world/student"
+            student = ROOT / "world" / (begins or "student")
+            if begins in ROWS:
+                student = runs / f"tune-{begins}-{best_run(records, begins)['run']}"
             at_the_end = ("--eval-every", "1000000")
             rate = next_rate(records, name, k)
             return row_command(runs, name, TUNING_SEED, folder, student, rate, *length, *at_the_end)
 
-        needs = [f"episodes {TUNING_SEED}", *(f"tune {begins} {i}" for i in range(TUNING_RUNS) if begins)]
+        needs = [f"episodes {TUNING_SEED}", *(f"tune {begins} {i}" for i in range(TUNING_RUNS) if begins in ROWS)]
         needs += [f"tune {name} {i}" for i in (0, 1) if k == 2]
         jobs.append(Job(f"tune {name} {k}", flags, tuning_record(records, name, k), tuple(needs),
                         after=lambda k=k, folder=folder: write_tuning(records, name, k, folder)))
@@ -327,6 +334,13 @@ def plot(records: Path) -> None:
         paths = [path for name in names for path in sorted(records.glob(f"{name}-[0-9]*.json"))]
         if paths:
             plot_curves(paths, records.with_name(f"{records.name}-{figure}.png"))
+    found = read_records(records)
+    sizes = {name: sum(p.numel() for p in load_decoder(ROOT / "world" / name).parameters()) for name in GIVEN}
+    series = {"as it is": ("student", "teacher"), "after PPO": ("ppo", "teacher-ppo")}
+    if all(name in found for names in series.values() for name in names):
+        plot_sizes({label: [(size, float(np.mean([run["average"]["em"] for run in found[name]])))
+                            for size, name in zip(sizes.values(), names, strict=True)]
+                    for label, names in series.items()}, records.with_name(f"{records.name}-figure-3.png"))
 
 
 def verdict(left: list[dict], right: list[dict]) -> str:
@@ -353,7 +367,7 @@ def stability(curve: list[dict]) -> tuple[float, float]:
 def rows(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Run what is not recorded yet, rows in the order of ROWS, and print the report."""
     wanted = set(names)
-    while missing := {ROWS[name].begins for name in wanted} - wanted - {""}:
+    while missing := {ROWS[name].begins for name in wanted} & set(ROWS) - wanted:
         wanted |= missing
     jobs = row_jobs(runs, records, [name for name in ROWS if name in wanted], seeds)
     run_jobs(jobs, runs / "logs")

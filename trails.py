@@ -9,7 +9,7 @@ A question lists one-way roads in random order and asks where the trail from a p
 What it was built to contain (none of it is evidence about real reasoning):
 
 1. Following a trail one road at a time needs one look at the list for each road. Trails have 2 to 32 roads, so that
-   natural chains are 27 to 390 tokens long: a factor of 14.
+   natural chains are 30 to 390 tokens long: a factor of 13.
 2. The same chain can be told in fewer words down to a name for each road at no loss. Below that, places are left out,
    and the model must follow several roads in its head: a tighter budget costs accuracy, a wider one does not.
 3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
@@ -26,7 +26,7 @@ PLACES = (*FIRST_WORDS, *SECOND_WORDS)
 MIN_ROADS, MAX_ROADS = 2, 32
 NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
 NUM_QUESTIONS = {"train": 4000, "test": 500}
-NUM_DEMONSTRATIONS, NUM_RECALLS = 4_000, 12_000
+NUM_DEMONSTRATIONS, NUM_RECALLS = 8_000, 12_000
 RECALLED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # roads of a list that the student practises on
 
 
@@ -52,19 +52,22 @@ def question(rng: random.Random, id: str) -> tuple[dict, list[str]]:
 
 def natural_chain(trail: list[str]) -> str:
     """Every road looked up, repeated and looked up again: 12 tokens a road."""
-    roads = zip(trail, trail[1:], strict=False)
-    return " ".join(f"from {start} {end} , that is {end} , and {start} {end} ," for start, end in roads) + (
-        f" last is {trail[-1]}")
+    return tell(trail, "from {0} {1} , that is {1} , and {0} {1} ,", "from {0}")
 
 
 def shorter_chains(trail: list[str]) -> Iterator[str]:
     """The trail in fewer and fewer words; all end with its last place."""
-    roads, last = [*zip(trail, trail[1:], strict=False)], f"last is {trail[-1]}"
-    yield " ".join([*(f"from {start} {end} , that is {end} ," for start, end in roads), last])
-    yield " ".join([*(f"from {start} {end} ," for start, end in roads), last])
-    yield " ".join([*(f"{end} ," for end in trail[1:]), last])
+    yield tell(trail, "from {0} {1} , that is {1} ,", "from {0}")
+    yield tell(trail, "from {0} {1} ,", "from {0}")
+    yield tell(trail, "{0} {1}", "{0}")
     for stride in range(1, len(trail)):  # from 2 on places are left out
-        yield " ".join([*trail[stride:-1:stride], last])
+        yield " ".join([*trail[stride:-1:stride], trail[-1], f"last is {trail[-1]}"])
+
+
+def tell(trail: list[str], road: str, end: str) -> str:
+    """What is said of each road, and of the place from which none leads."""
+    said = [road.format(*places) for places in zip(trail, trail[1:], strict=False)]
+    return " ".join([*said, end.format(trail[-1]), f"last is {trail[-1]}"])
 
 
 def compress(chain: str, budget: int, num_tokens: Callable[[str], int]) -> str | None:
@@ -87,10 +90,11 @@ def demonstration(rng: random.Random, id: str) -> dict:
 
 
 def recall(rng: random.Random, id: str) -> dict:
-    """Text for the student: roads, and the same roads in another order; to look one up is all there is to learn."""
+    """Text for the student: roads, and the same roads as they follow each other, or in any order; no question, no
+    thinking: to look a road up is all there is to learn."""
     places = rng.sample(PLACES, rng.choice(RECALLED) + 1)
     roads = [f"{start} {end}" for start, end in zip(places, places[1:], strict=False)]
-    shown, told = rng.sample(roads, len(roads)), rng.sample(roads, len(roads))
+    shown, told = rng.sample(roads, len(roads)), rng.choice((roads, rng.sample(roads, len(roads))))
     segments = [{"author": "environment", "text": f" {', '.join(shown)}."},
                 {"author": "agent", "text": f" {', '.join(told)}."}]  # fmt: skip
     return {"id": id, "question": "", "golden_answers": [], "segments": segments}

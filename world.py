@@ -586,7 +586,7 @@ def build_trails(seed: int = SEED) -> None:
     save_decoder(load_decoder(building / "student-1"), tokenizer, TRAILS / "student")
     grown = grow(load_decoder(building / "student-1"), TEACHER_LAYERS, seed=1)
     save_decoder(grown, tokenizer, building / "teacher-0")
-    sft(building / "teacher-0", TRAILS / "demonstrations.jsonl", building / "teacher-1", batch_size=16, lr=1e-3,
+    sft(building / "teacher-0", TRAILS / "demonstrations.jsonl", building / "teacher-1", batch_size=16, lr=1.5e-3,
         processes=2)
     save_decoder(load_decoder(building / "teacher-1"), tokenizer, TRAILS / "teacher")
 

@@ -103,7 +103,8 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
     assert {name.split()[0] for name in phases} == {*ROWS, "episodes", "tune"}
     for name, row in ROWS.items():
         settings = phases[f"{name} 0"]
-        assert Path(settings.student).name == (f"{row.begins}-0" if row.begins else "student")
+        plain = row.begins or "student"
+        assert Path(settings.student).name == (f"{row.begins}-0" if row.begins in ROWS else plain)
         assert settings.run_dir.endswith(f"{name}-0") and settings.seed == 0
         rates = ("kd_lr", "actor_lr")
         preset, chosen, half = reproduce.row_settings(name), settings, phases[f"tune {name} 2"]
@@ -114,7 +115,7 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
         assert (half.seed, half.phase) == (reproduce.TUNING_SEED, settings.phase)
         assert reproduce.TUNING_SEED not in SEEDS  # chosen on other episodes and other noise
         assert (half.steps / preset.steps, half.epochs / preset.epochs) in ((0.5, 1), (1, 0.5))
-        assert Path(half.student).name == (f"tune-{row.begins}-1" if row.begins else "student")
+        assert Path(half.student).name == (f"tune-{row.begins}-1" if row.begins in ROWS else plain)
     assert {phases[f"{name} 0"].phase for name in ROWS} == {
         phase for phase in train.PHASES if phase != "episodes" and not phase.startswith("bard")}
     assert phases["uniform-kl 0"].kl_where == "all" and phases["without-teacher 0"].kl_where == "none"
@@ -218,9 +219,13 @@ def test_curves_are_drawn_of_what_is_recorded(tmp_path):
     folder = tmp_path / "world"
     record(folder, "dgpo", 0, {"nq": 0.6})
     record(folder, "kd-gkd", 1, {"nq": 0.6})
+    for name in ("ppo", "teacher-ppo"):
+        record(folder, name, 0, {"nq": 0.6})
+    for name in reproduce.GIVEN:
+        jobs.write_json(folder / f"{name}.json", {"row": name, "average": {"em": 0.1}})
     reproduce.plot(folder)
     assert (tmp_path / "world-figure-6.png").stat().st_size > 1000
-    assert not (tmp_path / "world-figure-4.png").exists()
+    assert (tmp_path / "world-figure-3.png").stat().st_size > 1000
 
 
 # ---- BARD ----
