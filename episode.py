@@ -1,14 +1,7 @@
 """Episodes: what the agent and the environment wrote, token by token; as text, tensors and files.
 
-Protocol (Search-R1, as in the paper's Table 1): the agent writes <think>, then <search> query </search> or
-<answer> text </answer>. A search is answered by an <information> block. Eq. 6's mask M follows from who wrote a
-segment.
-
-Departures from the official code (Search-R1's generation loop, vendored by omron-sinicx/dgpo), with reasons
- 1. A too long observation is cut inside the block, so that </information> survives.
- 2. The notice after an invalid action has no tags in it, so no parser can take it for an action.
- 3. The answer is read from the agent's own last turn; the official scorer also reads the prompt, whose example
-    then counts as an answer.
+What they write follows a protocol (protocol.py). Eq. 6's mask M follows from who wrote a segment. The answer is read
+from the agent's own last turn; the official scorer also reads the prompt, whose example then counts as an answer.
 
 Run: python episode.py demonstrate --gold FILE --out FILE
 
@@ -18,7 +11,6 @@ Legend: B episodes, T tokens.
 import argparse
 import json
 import os
-import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -32,15 +24,10 @@ from torch import Tensor
 
 from data import ANSWER_KINDS, BUDGET_TEXT, Question, build_messages, is_correct, parse_object
 from model import Tokenizer
+from protocol import SEARCH_R1
 from retriever import Passage
 
 STATUSES = ("answered", "max_turns", "max_tokens", "invalid", "search_error")
-NOTICE = (
-    "\nNo action was found in this turn. Put a query between the search tags, "
-    "or the final answer between the answer tags.\n"
-)
-INFORMATION_END = "</information>\n\n"
-ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
 @dataclass
@@ -57,6 +44,7 @@ class Episode:
     status: str = ""  # one of STATUSES when it has ended
     answer: str | None = None
     queries: list[str] = field(default_factory=list)
+    dropped_queries: int = 0  # beyond the protocol's bound
     passages: list[list[Passage]] = field(default_factory=list)  # one list for each executed search
 
     @property
@@ -82,36 +70,7 @@ class Episode:
         return is_correct(self.answer, self.question)
 
 
-# ---- protocol: text in, text out ----
-
-
-class Action(NamedTuple):
-    kind: str  # "search" | "answer" | "invalid"
-    content: str
-
-
-def parse_action(text: str) -> Action:
-    """The first complete action of one agent turn; an empty one is invalid."""
-    match = ACTION.search(text)
-    if match is None or not match[2].strip():
-        return Action("invalid", "")
-    return Action(match[1], match[2].strip())
-
-
-def observation_text(passages: Sequence[Passage]) -> str:
-    documents = "".join(f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1))
-    return f"\n\n<information>{documents.strip()}{INFORMATION_END}"
-
-
-def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_tokens: int) -> list[int]:
-    """Tokens of the <information> block; what is over max_tokens is cut before the closing tag."""
-    text = observation_text(passages)
-    ids = tokenizer.encode(text)
-    if len(ids) <= max_tokens:
-        return ids
-    end = tokenizer.encode(INFORMATION_END)
-    body = tokenizer.encode(text.removesuffix(INFORMATION_END))
-    return body[: max(0, max_tokens - len(end))] + end
+# ---- prompts and thinking ----
 
 
 def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str, budget_text: str = BUDGET_TEXT) -> Segment:
@@ -294,7 +253,7 @@ def demonstration(row: dict, num_passages: int) -> dict:
         thought, query = ("I need to look this up.", row["question"]) if k == 0 else (
             f"I still need to know about {paragraph['title']}.", paragraph["title"])
         text = f"<think> {thought} </think>\n<search> {query} </search>"
-        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": observation_text(shown)}]
+        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": SEARCH_R1.observation(shown)}]
     answer = row["golden_answers"][0]
     thought = f"{' and '.join(p['title'] for p in gold)} tell me that the answer is {answer}."
     segments.append({"author": "agent", "text": f"<think> {thought} </think>\n<answer> {answer} </answer>"})

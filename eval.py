@@ -44,9 +44,10 @@ import bard
 import config
 from config import setting
 from data import TEST_SETS, Question, check_budget, f1, hit, load_questions
-from episode import STATUSES, Episode, observation_ids, save_episodes
+from episode import STATUSES, Episode, save_episodes
 from model import Tokenizer, load_decoder
 from plots import plot_budgets, plot_curves
+from protocol import PROTOCOLS, observation_ids
 from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings, generate
 
@@ -184,7 +185,8 @@ def arcap(
     for name, questions in question_sets.items():
         known = [(q, gold) for q, gold in zip(questions, gold_passages(questions, retriever), strict=True) if gold]
         result[name]["num_gold"] = len(known)
-        shown = [observation_ids(policy.tokenizer, gold, settings.max_context_tokens // 2) for _, gold in known]
+        shown = [observation_ids(policy.tokenizer, gold, settings.max_context_tokens // 2, PROTOCOLS[settings.protocol])
+                 for _, gold in known]
         for key, forced, turns in (("without_thinking", "<answer>", 0), ("with_thinking", "", settings.max_turns)):
             episodes = generate(policy, retriever, [q for q, _ in known], replace(settings, max_turns=turns),
                                 seed=seed + zlib.crc32(name.encode()), shown=shown, forced=forced,

@@ -1,6 +1,6 @@
 """The agent at work: it thinks, searches, reads and answers, many episodes at once, recorded token by token.
 
-At most max_turns turns, then one last generation whose search is not executed. The protocol is in episode.py.
+At most max_turns turns, then one last generation whose search is not executed. Protocols are in protocol.py.
 
 Departures from the official code (Search-R1's generation loop, vendored by omron-sinicx/dgpo), with reasons
  1. Sampled ids are kept as sampled; the official loop decodes, cuts and re-tokenises, which drifts.
@@ -31,19 +31,10 @@ from tqdm import tqdm
 import config
 from config import setting
 from data import BUDGET_TEXT, Question, check_budget
-from episode import (
-    NOTICE,
-    Action,
-    Episode,
-    Segment,
-    episode_text,
-    observation_ids,
-    parse_action,
-    prompt_segment,
-    thinking,
-)
+from episode import Episode, Segment, episode_text, prompt_segment, thinking
 from kernels import blocked, in_blocks, sample
 from model import Decoder, KVCache, Tokenizer, load_decoder
+from protocol import PROTOCOLS, Action, merged, observation_ids, parse_action
 from retriever import Passage, Retriever
 
 SEARCH_TRIES = 3
@@ -57,6 +48,8 @@ DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that a row writes before the host
 
 @dataclass
 class RolloutSettings:
+    protocol: str = setting("search-r1", "what the agent may write", choices=tuple(PROTOCOLS))
+    max_queries: int = setting(3, "qagent: queries of one search; 0: any number, counted alone")
     max_turns: int = setting(4, "turns that may search (paper Table 8)")
     top_k: int = setting(3, "passages per search (paper Table 8)")
     max_new_tokens: int = setting(500, "tokens per turn (paper Table 8: maximum response length)")
@@ -114,7 +107,7 @@ class _Row:
     cached: int = 0  # tokens in the cache; also the position of pending[0]
     turn: int = 0
     sampled: int = 0  # agent tokens so far: the counter of the noise
-    query: str | None = None  # what it waits for
+    queries: tuple[str, ...] = ()  # what it waits for
     forced: str = ""  # what the turn begins with: the first one alone, and not the agent's words
 
 
@@ -193,8 +186,8 @@ class _Engine:
     @torch.no_grad()
     def run(self) -> None:
         while self.fill():
-            waiting = [row for row in self.rows if row and row.query is not None]
-            busy = [slot for slot, row in enumerate(self.rows) if row and row.query is None]
+            waiting = [row for row in self.rows if row and row.queries]
+            busy = [slot for slot, row in enumerate(self.rows) if row and not row.queries]
             reading = [slot for slot in busy if len(self.rows[slot].pending) > 1]
             writing = [slot for slot in busy if len(self.rows[slot].pending) == 1]
             if self.search is None and self.is_worth_it(waiting, writing):
@@ -313,28 +306,31 @@ class _Engine:
         turn = row.episode.segments[-1]
         turn.ids.append(token)
         turn.logprobs.append(logprob)
-        row.query = _end_of_turn(row, self.policy.tokenizer, self.settings)
-        if row.query is None and not row.episode.status and len(row.pending) == 1 and self.settings.hard_stop:
+        row.queries = _end_of_turn(row, self.policy.tokenizer, self.settings)
+        if not row.queries and not row.episode.status and len(row.pending) == 1 and self.settings.hard_stop:
             _stop_thinking(row, self.policy.tokenizer, self.settings)
-        return row.query is not None or bool(row.episode.status) or len(row.pending) > 1
+        return bool(row.queries) or bool(row.episode.status) or len(row.pending) > 1
 
     def ask(self, rows: list[_Row]) -> None:
         """Start one search for all that wait; the others go on writing meanwhile."""
-        results = self.searcher.submit(_search, self.retriever, [row.query for row in rows], self.settings.top_k)
+        queries = [query for row in rows for query in row.queries]
+        results = self.searcher.submit(_search, self.retriever, queries, self.settings.top_k)
         self.search = _Search(rows, results, self.num_steps + SEARCH_STEPS.get(self.device.type, 1))
 
     def observe(self) -> None:
         """Show what was found; a search that keeps failing ends its episodes with status search_error."""
         rows, results, _ = self.search
         self.search, found = None, results.result()
-        for i, row in enumerate(rows):
-            query, row.query = row.query, None
+        for row in rows:
+            queries, row.queries = row.queries, ()
             if found is None:
                 row.episode.status = "search_error"
                 continue
-            row.episode.queries.append(query)
-            row.episode.passages.append(found[i])
-            ids = observation_ids(self.policy.tokenizer, found[i], self.settings.max_obs_tokens)
+            passages, found = merged(found[: len(queries)]), found[len(queries) :]
+            row.episode.queries += queries
+            row.episode.passages.append(passages)
+            protocol = PROTOCOLS[self.settings.protocol]
+            ids = observation_ids(self.policy.tokenizer, passages, self.settings.max_obs_tokens, protocol)
             _observe(row, ids, self.settings)
 
 
@@ -362,8 +358,8 @@ class _Graph:
         return self.outputs
 
 
-def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> str | None:
-    """Act on the token just sampled: continue, end the episode, go on with a notice, or return a query."""
+def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> tuple[str, ...]:
+    """Act on the token just sampled: continue, end the episode, go on with a notice, or return queries."""
     episode, ids = row.episode, row.episode.segments[-1].ids
     # Both closing tags end in ">", so only a token with that character can complete one.
     text = row.forced + tokenizer.decode(ids) if ids[-1] in tokenizer.containing(">") else ""
@@ -371,8 +367,9 @@ def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> 
     full = row.cached + 1 >= settings.max_context_tokens
     cut = full or len(ids) >= settings.max_new_tokens
     if not (complete or cut or ids[-1] == tokenizer.eos_id):
-        return None
-    action = parse_action(text) if complete else Action("invalid", "")
+        return ()
+    protocol = PROTOCOLS[settings.protocol]
+    action = parse_action(text, protocol) if complete else Action("invalid", "")
     if action.kind == "answer":
         episode.status, episode.answer = "answered", action.content
     elif full:
@@ -380,10 +377,12 @@ def _end_of_turn(row: _Row, tokenizer: Tokenizer, settings: RolloutSettings) -> 
     elif row.turn == settings.max_turns:  # that was the last generation: nothing it asks for is done
         episode.status = "max_turns" if action.kind == "search" else "max_tokens" if cut else "invalid"
     elif action.kind == "search":
-        return action.content
+        kept = action.queries[: settings.max_queries or None] if protocol.name == "qagent" else action.queries
+        episode.dropped_queries += len(action.queries) - len(kept)
+        return kept
     else:
-        _observe(row, tokenizer.encode(NOTICE), settings)
-    return None
+        _observe(row, tokenizer.encode(protocol.notice), settings)
+    return ()
 
 
 def _observe(row: _Row, ids: list[int], settings: RolloutSettings, *, forced: str = "") -> None:

@@ -65,8 +65,8 @@ from encyclopaedia import (
     make_entities,
     make_questions,
 )
-from episode import observation_text
 from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
+from protocol import SEARCH_R1
 from retriever import Retriever
 
 ROOT = Path(__file__).resolve().parent
@@ -231,7 +231,7 @@ def demonstrate(
             for (work, episode, request), passages in zip(live, results, strict=True):
                 episode["segments"] += [
                     {"author": "agent", "text": request[0]},
-                    {"author": "environment", "text": observation_text(passages)},
+                    {"author": "environment", "text": SEARCH_R1.observation(passages)},
                 ]
                 try:
                     still.append((work, episode, work.send([entities[p.title] for p in passages])))

@@ -22,8 +22,9 @@ import config
 import rollout
 import train
 from data import Question, exact_match, load_questions
-from episode import Episode, Segment, collate, load_episodes, observation_ids, pack, prompt_segment, save_episodes
+from episode import Episode, Segment, collate, load_episodes, pack, prompt_segment, save_episodes
 from model import Tokenizer, load_decoder, load_encoder
+from protocol import observation_ids
 from retriever import Corpus, Passage
 from rollout import Policy, RolloutSettings
 

@@ -16,8 +16,6 @@ import torch
 import rollout
 from data import Question, build_messages, load_questions
 from episode import (
-    INFORMATION_END,
-    NOTICE,
     STATUSES,
     Episode,
     Segment,
@@ -25,14 +23,12 @@ from episode import (
     demonstration,
     load_episodes,
     num_thinking_tokens,
-    observation_ids,
-    observation_text,
-    parse_action,
     save_episodes,
     thinking,
 )
 from episode import main as write_demonstrations
 from model import Tokenizer, load_decoder, new_decoder
+from protocol import QAGENT, SEARCH_R1, merged, observation_ids, parse_action
 from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings
 
@@ -106,7 +102,8 @@ class ScriptedDecoder(torch.nn.Module):
     def environment_spans(self, prefix: list[int]) -> set[int]:
         text = bytes_of(self.tokenizer, prefix)
         spans: set[int] = set()
-        for begin, end in ((b"\n\n<information>", b"</information>\n\n"), (NOTICE.encode(), b""), (FORCED, b"")):
+        blocks = ((b"\n\n<information>", b"</information>\n\n"), (b"\n<information>\n", b"</information>\n"))
+        for begin, end in (*blocks, (SEARCH_R1.notice.encode(), b""), (QAGENT.notice.encode(), b""), (FORCED, b"")):
             start = text.find(begin)
             while start >= 0:
                 stop = text.find(end, start) + len(end) if end else start + len(begin)
@@ -249,13 +246,13 @@ def test_a_search_that_keeps_failing_is_a_status_and_one_that_recovers_is_not(to
 def test_after_an_invalid_turn_comes_the_notice_and_the_agent_may_go_on(tokenizer):
     script = "y" * 60 + "<answer> gold </answer>"  # 60 tokens is the limit of a turn
     episode = play(tokenizer, {"ask-a": script})["ask-a"]
-    assert tokenizer.decode(episode.segments[2].ids) == NOTICE
+    assert tokenizer.decode(episode.segments[2].ids) == SEARCH_R1.notice
     assert episode.status == "answered"
 
 
 def test_no_parser_can_take_the_notice_for_an_action():
-    assert "<" not in NOTICE and ">" not in NOTICE
-    assert parse_action(NOTICE).kind == "invalid"
+    assert "<" not in SEARCH_R1.notice and ">" not in SEARCH_R1.notice
+    assert parse_action(SEARCH_R1.notice).kind == "invalid"
 
 
 def test_an_episode_without_an_answer_does_not_score_by_the_example_in_the_prompt(tokenizer):
@@ -282,8 +279,8 @@ def test_a_long_observation_is_cut_inside_the_block(tokenizer, limit):
     passages = [Passage("0", "T", "word " * 40, 1.0)]
     ids = observation_ids(tokenizer, passages, limit)
     text = tokenizer.decode(ids)
-    assert len(ids) <= limit and text.endswith(INFORMATION_END)
-    assert limit < 400 or text == observation_text(passages)
+    assert len(ids) <= limit and text.endswith(SEARCH_R1.observation_end)
+    assert limit < 400 or text == SEARCH_R1.observation(passages)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +296,7 @@ def test_a_long_observation_is_cut_inside_the_block(tokenizer, limit):
     ],
 )
 def test_parse_reads_the_first_complete_action(text, expected):
-    assert parse_action(text) == expected
+    assert parse_action(text)[:2] == expected
 
 
 def test_many_rows_of_different_lengths_do_not_disturb_each_other(tokenizer):
@@ -485,11 +482,11 @@ GOLD = {
 
 def test_a_demonstration_follows_the_protocol_and_shows_every_supporting_paragraph(tokenizer, tmp_path):
     row = demonstration(GOLD, 2)
-    actions = [parse_action(s["text"]) for s in row["segments"] if s["author"] == "agent"]
+    actions = [parse_action(s["text"])[:2] for s in row["segments"] if s["author"] == "agent"]
     assert actions == [("search", GOLD["question"]), ("search", "Ume"), ("answer", "Bob")]
     blocks = [s["text"] for s in row["segments"] if s["author"] == "environment"]
     assert "Ann was born" in blocks[0] and "led by Bob" in blocks[1]
-    assert all(block.count("Doc ") == 2 and block.endswith(INFORMATION_END) for block in blocks)
+    assert all(block.count("Doc ") == 2 and block.endswith(SEARCH_R1.observation_end) for block in blocks)
     assert demonstration(GOLD, 2) == row  # no chance in it
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
     [episode] = load_episodes(tmp_path / "d.jsonl", tokenizer, prompt="short")
@@ -536,10 +533,10 @@ def one_row_at_a_time(policy, retriever, question, settings) -> list[int]:
         complete = "</search>" in text or "</answer>" in text
         if not (complete or len(written) == settings.max_new_tokens or ids[-1] == tokenizer.eos_id):
             continue
-        kind, content = parse_action(text) if complete else ("invalid", "")
+        kind, content, _ = parse_action(text) if complete else ("invalid", "", ())
         if kind == "answer" or turn == settings.max_turns:
             break
-        observation = tokenizer.encode(NOTICE)
+        observation = tokenizer.encode(SEARCH_R1.notice)
         if kind == "search":
             found = retriever.search([content], settings.top_k)[0]
             observation = observation_ids(tokenizer, found, settings.max_obs_tokens)
@@ -692,3 +689,67 @@ def test_without_a_retriever_no_turn_may_search(tokenizer):
     policy = Policy(ScriptedDecoder(tokenizer, {}), tokenizer)
     with pytest.raises(ValueError, match="--max-turns 0"):
         rollout.generate(policy, None, [ask("ask-a")], RolloutSettings(), seed=0)
+
+
+# ---- the protocol of QAgent ----
+
+TWO_QUERIES = "<plan>p</plan><search>\n<query> q1 </query>\n<query>q2</query>\n</search>"
+REFLECTS = "<reflection>r</reflection><answer> gold </answer>"
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    ("<query>a</query><query> b c </query>", ("a", "b c")), ("a\n\n b", ("a", "b")), ("<query> </query>", ()),
+    ("x <query>a</query> y", ("a",)), ("<query>a", ("<query>a",)),
+])  # fmt: skip
+def test_queries_are_a_list(content, expected):
+    assert QAGENT.queries(content) == expected
+    assert SEARCH_R1.queries(content) == (content,)
+
+
+def test_a_turn_of_qagent_searches_several_queries_and_shows_each_passage_once(tokenizer):
+    class Overlapping(FixedRetriever):
+        def search(self, queries, top_k):
+            self.batches.append(list(queries))
+            both = Passage("0", "T0", "common", 1.0)
+            return [[Passage(q, q, f"about {q}", 2.0), both][:top_k] for q in queries]
+
+    retriever = Overlapping()
+    script = {"ask-a": TWO_QUERIES + REFLECTS}
+    episode = play(tokenizer, script, retriever, protocol="qagent", max_new_tokens=120, max_obs_tokens=300)["ask-a"]
+    assert retriever.batches == [["q1", "q2"]]
+    assert [s.author for s in episode.segments] == ["prompt", "agent", "environment", "agent"]
+    assert tokenizer.decode(episode.segments[2].ids) == (
+        "\n<information>\nPassage #1 q1\nPassage #1 about q1\n\nPassage #2 T0\nPassage #2 common\n\n"
+        "Passage #3 q2\nPassage #3 about q2\n\n</information>\n"
+    )
+    assert (episode.queries, episode.num_searches, episode.answer) == (["q1", "q2"], 1, "gold")
+    assert [p.id for p in episode.passages[0]] == ["q1", "0", "q2"]
+
+
+@pytest.mark.parametrize(("max_queries", "asked", "dropped"), [
+    (1, ["q1"], 1), (3, ["q1", "q2"], 0), (0, ["q1", "q2"], 0)])  # fmt: skip
+def test_the_bound_on_queries_is_kept(tokenizer, max_queries, asked, dropped):
+    retriever = FixedRetriever()
+    episode = play(tokenizer, {"ask-a": TWO_QUERIES + REFLECTS}, retriever, protocol="qagent", max_queries=max_queries,
+                   max_new_tokens=120)["ask-a"]
+    assert retriever.batches == [asked] and episode.dropped_queries == dropped
+
+
+def test_the_notice_of_qagent_has_no_tag_in_it(tokenizer):
+    assert "<" not in QAGENT.notice and parse_action(QAGENT.notice, QAGENT).kind == "invalid"
+    episode = play(tokenizer, {"ask-a": "<plan>p</plan><search> </search>" + REFLECTS}, protocol="qagent")["ask-a"]
+    assert tokenizer.decode(episode.segments[2].ids) == QAGENT.notice and episode.answer == "gold"
+
+
+def test_queries_of_many_rows_come_back_to_their_own(tokenizer):
+    scripts = {f"ask-{name}": f"<search><query>{name}1</query><query>{name}2</query></search>{REFLECTS}"
+               for name in "abcdef"}  # fmt: skip
+    rules = {"protocol": "qagent", "max_new_tokens": 120, "max_context_tokens": 1500, "max_obs_tokens": 300}
+    for name, episode in play(tokenizer, scripts, **rules).items():
+        assert episode.queries == [f"{name[-1]}1", f"{name[-1]}2"]
+        assert {p.text.split()[-1] for p in episode.passages[0]} == set(episode.queries)
+
+
+def test_merged_passages_keep_the_order_of_queries_and_ranks():
+    a, b, c = (Passage(n, n, n, 1.0) for n in "abc")
+    assert [p.id for p in merged([[a, b], [b, c], [a]])] == ["a", "b", "c"] and merged([[], []]) == []

@@ -21,8 +21,8 @@ from encyclopaedia import (
     make_corpus,
     make_entities,
 )
-from episode import parse_action
 from model import Tokenizer, new_decoder, rotate
+from protocol import parse_action
 from retriever import Passage
 
 MAX_WORLD_BYTES = 10_000_000
