@@ -50,8 +50,16 @@ PAPER_PROMPT = (
     "</answer> without detailed illustrations. For example, <answer> xxx </answer>. "
     "Question: {question}"
 )
+# QAgent's loop in our own words; the published text (its paper's Table 5) belongs in a file, for its checkpoints.
+QAGENT_PROMPT = (
+    "Find what is needed to answer the question below. Work in turns. To search, first write what you still have to "
+    "find out and how inside <plan> and </plan>, then up to three queries, each inside <query> and </query>, all of "
+    "them inside <search> and </search>. What is found comes back between <information> and </information>; say "
+    "inside <reflection> and </reflection> what it tells you and what is missing, then plan and search again, or give "
+    "the answer, a few words, inside <answer> and </answer>. Question: {question}"
+)
 SHORT_PROMPT = "{question}"  # the embedded world: its models know the protocol, and no English
-PROMPTS = {"paper": PAPER_PROMPT, "short": SHORT_PROMPT}
+PROMPTS = {"paper": PAPER_PROMPT, "qagent": QAGENT_PROMPT, "short": SHORT_PROMPT}
 BUDGET_TEXT = "Think for at most {budget} tokens."  # a reconstruction: BARD's own words are not known
 
 
@@ -161,7 +169,7 @@ def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Que
 
 
 def build_messages(question: Question, prompt: str, budget_text: str = BUDGET_TEXT) -> list[dict[str, str]]:
-    """The chat that opens an episode; prompt is "paper", "short", "row" (the row's own) or a file.
+    """The chat that opens an episode; prompt is "paper", "qagent", "short", "row" (the row's own) or a file.
 
     The question is stripped and ends with a question mark, as in the official data. Where it has a budget, budget_text
     follows with the number in the place of {budget}; an empty one keeps the budget from the agent.
@@ -194,7 +202,7 @@ def check_budget(budget: int, max_context_tokens: int) -> None:
 @functools.cache
 def _template(path: str) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"prompt: got {path!r}, expected paper, short, row or a text file")
+        raise FileNotFoundError(f"prompt: got {path!r}, expected paper, qagent, short, row or a text file")
     text = Path(path).read_text(encoding="utf-8")
     if "{question}" not in text:
         raise ValueError(f"{path}: got no {{question}}, expected it where the question belongs")

@@ -304,10 +304,15 @@ def policy_loss(
     clip_eps: float,
     entropy: Tensor | None = None,
     entropy_weight: float = 0.0,
+    guide_logprobs: Tensor | None = None,
+    kl_weight: float = 0.0,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Eq. 2 with the sign of a loss: sum over M of max(-rho A, -clip(rho) A) - entropy_weight H.
+    """Eq. 2 with the sign of a loss: sum over M of max(-rho A, -clip(rho) A) - entropy_weight H + kl_weight k3.
 
     logprobs (with gradient), old_logprobs, advantages, response_mask [B, T] or [N]; entropy the same shape, nats.
+    guide_logprobs, the same shape: adds GRPO's KL in the loss, k3 = pi_g / pi - log(pi_g / pi) - 1 (Shao et al., 2024),
+    where they are not NaN. weights, the same shape: of each token in the sum; 1 without.
     Entries off the mask may hold anything, NaN included, and get zero gradient.
     """
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)  # select before exp: no inf * 0
@@ -315,9 +320,14 @@ def policy_loss(
     advantages = torch.where(response_mask, advantages, 0.0)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    loss = masked_sum(torch.maximum(unclipped, clipped), response_mask)  # Eq. 2
+    terms = torch.maximum(unclipped, clipped)  # Eq. 2
     if entropy is not None and entropy_weight != 0:
-        loss = loss - entropy_weight * masked_sum(entropy, response_mask)
+        terms = terms - entropy_weight * entropy
+    if guide_logprobs is not None and kl_weight != 0:
+        guided = response_mask & ~guide_logprobs.isnan()
+        gap = torch.where(guided, guide_logprobs - logprobs, 0.0)
+        terms = terms + kl_weight * (gap.exp() - gap - 1)
+    loss = masked_sum(terms if weights is None else weights * terms, response_mask)
     return PolicyLoss(
         loss,
         masked_sum((clipped > unclipped).float(), response_mask).detach(),

@@ -57,7 +57,8 @@ class RolloutSettings:
     max_context_tokens: int = setting(4096, "tokens of prompt and episode together (paper Table 8)")
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy")
     top_p: float = setting(1.0, "nucleus sampling; training needs 1.0")
-    prompt: str = setting("paper", "'paper' (Table 7), 'short', 'row' (from the data), or a file with {question}")
+    prompt: str = setting("paper", "'paper' (Table 7), 'qagent', 'short', 'row' (from the data), or a file with "
+                          "{question}")
     budget_text: str = setting(BUDGET_TEXT, "how a question's budget is told; empty: it is kept from the agent")
     hard_stop: bool = setting(False, "end the thinking at a question's budget and ask for the answer at once")
     rollout_rows: int = setting(64, "episodes in flight at once")

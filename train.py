@@ -16,6 +16,7 @@ Phases
     bard-data a teacher's chains of thought, compressed to several budgets (bard.py)
     bard-sft  sft on them                                                              -> distil
     bard-rl   grpo, rewarded for being right within the budget                         -> reinforce
+    qagent    grpo, rewarded for what a frozen generator makes of the passages (qagent.py) -> reinforce
 
 Departures from the official code, with reasons
  1. Losses are one mean over the mini-batch's response tokens, whatever the number of processes and
@@ -30,7 +31,7 @@ Legend: B episodes, T tokens, V vocabulary, D width, N response tokens.
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,10 +42,11 @@ from torch import Tensor
 
 import bard
 import config
+import qagent
 from bard import BardSettings, check_budgets, draw_budgets
 from collapse import signs_of_collapse
 from config import setting
-from data import Question
+from data import Question, hit
 from dgpo import (
     Moments,
     Taid,
@@ -67,12 +69,15 @@ from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
 from parallel import barrier, end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
 from play import episode_metrics, play, read_generated, shuffled, split_questions, write_episodes, write_generated
+from qagent import QAgentSettings, collected, is_well_formed
 from retriever import Retriever
 from rollout import Policy, generate
 from run import Collapse, Run, Stop
 
 DISTIL = ("sft", "bard-sft", "kd", "taid", "gkd", "distillm")  # the first two without a teacher
-REINFORCE = ("ppo", "grpo", "bard-rl", "dgpo")
+REINFORCE = ("ppo", "grpo", "bard-rl", "qagent", "dgpo")
+GROUPED = ("grpo", "bard-rl", "qagent")  # without a critic, unless --advantage says otherwise
+SKIPPING = ("bard-rl", "qagent")  # groups whose episodes are all worth the same
 PHASES = ("episodes", "bard-data", *DISTIL, *REINFORCE)
 DISTANCES = {"taid": "taid", "gkd": "reverse", "distillm": "skew"}  # from the teacher; of every other phase: forward
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
@@ -83,7 +88,7 @@ MAX_FIRST_LOG_RATIO = 1e-4
 
 
 @dataclass
-class TrainSettings(BardSettings):
+class TrainSettings(BardSettings, QAgentSettings):
     phase: str = setting("kd", "what to run", choices=PHASES)
     run_dir: str = setting("", "where the run writes; empty: runs/<phase>")
     resume: bool = setting(False, "continue the run in run_dir from its newest state, or start it where there is none")
@@ -131,6 +136,10 @@ class TrainSettings(BardSettings):
     beta: float = setting(0.001, "beta of Eq. 4")
     kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, all for ppo",
                             choices=("", "wrong", "all", "none"))
+    kl_in: str = setting("reward", "the KL of Eq. 4 is a reward, as in PPO, or a loss (k3), as in GRPO's paper",
+                         choices=("reward", "loss"))
+    mean_over: str = setting("token", "the policy's loss is a mean over tokens, or over episodes' means (GRPO's paper)",
+                             choices=("token", "episode"))
     advantage: str = setting("", "gae: from a critic; group: GRPO; empty: group for grpo, gae for ppo and dgpo",
                              choices=("", "gae", "group"))
     group_size: int = setting(5, "group: episodes of one question")
@@ -341,7 +350,7 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 
 def reinforce(
     run: Run, actor: Policy, critic: Critic | None, guide: Policy | None, retriever: Retriever,
-    questions: list[Question], validate,
+    questions: list[Question], validate, score,
 ) -> None:
     """PPO, or GRPO where there is no critic, with a search engine in the loop: phases differ in the guide, where it
     counts, and the advantage."""
@@ -372,14 +381,15 @@ def reinforce(
         # 2. score: Eq. 3, and the teacher's log-probabilities where Eq. 4 needs them
         batch = collate(episodes, pad_id=actor.tokenizer.pad_id).to(run.device)
         mask = batch.response_mask
-        scores = torch.tensor(episode_scores(episodes, actor.tokenizer, settings), device=run.device)  # [B]
+        scores = torch.tensor(score(episodes), device=run.device)  # [B]
         guided = {"wrong": wrong_episodes(scores), "all": scores == scores, "none": scores != scores}
         guided = guided[settings.kl_where].tolist()
         started = time.perf_counter()
         old_logprobs, old_values, guide_logprobs = score_tokens(actor, critic, guide, batch, guided, settings)
         score_s = time.perf_counter() - started
         # 3. rewards and advantages: Eq. 4; GAE, whitened over all processes, or GRPO's
-        rewards = kl_rewards(scores, old_logprobs, guide_logprobs, mask, beta=settings.beta, where=settings.kl_where)
+        where = settings.kl_where if settings.kl_in == "reward" else "none"
+        rewards = kl_rewards(scores, old_logprobs, guide_logprobs, mask, beta=settings.beta, where=where)
         if critic is None:
             advantages, returns = group_advantages(rewards, mask, group_size), old_values
         else:
@@ -389,9 +399,9 @@ def reinforce(
             advantages = whiten(advantages, mask, stats=stats)
         metrics = episode_metrics(episodes) | token_metrics(
             episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
-        if settings.phase == "bard-rl":
-            batch, metrics = skip_equal_groups(batch, scores, group_size), metrics | budget_metrics(
-                episodes, scores, group_size, actor.tokenizer)
+        if settings.phase in SKIPPING:
+            metrics |= reward_metrics(episodes, scores, group_size, actor.tokenizer, bool(settings.budgets))
+            batch = skip_equal_groups(batch, scores, group_size)
         mask, lengths = batch.response_mask, batch.lengths()
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
@@ -402,14 +412,19 @@ def reinforce(
             rows = shuffled(num_episodes, settings.seed, step, epoch)  # of all processes
             for k in range(num_minibatches):
                 part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(episodes)]
-                [num_tokens] = sum_over_processes(mask[part].sum())
+                num_tokens, num_rows = sum_over_processes(mask[part].sum(), mask[part].any(1).sum())
                 groups = in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens))
                 passes += len(groups)
                 for group in groups:
                     group = [part[i] for i in group]
-                    old = [x[group][mask[group]] for x in (old_logprobs, advantages, old_values, returns)]
+                    old = [x[group][mask[group]]
+                           for x in (old_logprobs, advantages, old_values, returns, guide_logprobs)]
+                    weights = None
+                    if settings.mean_over == "episode":  # num_tokens cancels: the mean of the episodes' means is left
+                        sizes = mask[group].sum(1)
+                        weights = (num_tokens / max(1, num_rows) / sizes).repeat_interleave(sizes)
                     packed = pack(batch, group, lengths)
-                    done = backward(actor, critic, packed, *old, max(1, num_tokens), trained, settings)
+                    done = backward(actor, critic, packed, *old, weights, max(1, num_tokens), trained, settings)
                     if epoch == 0 and k == 0:
                         first_gap = max(first_gap, done["gap"].item())
                         check_first_gap(first_gap, step)
@@ -439,13 +454,6 @@ def reinforce(
     run.finish(actor)
 
 
-def episode_scores(episodes: list[Episode], tokenizer: Tokenizer, settings: TrainSettings) -> list[float]:
-    """What each episode is worth: Eq. 3, or a reward that also looks at the budget."""
-    if settings.phase == "bard-rl":
-        return [bard.reward(e, tokenizer, settings) for e in episodes]
-    return [e.score for e in episodes]
-
-
 def equal_groups(scores: Tensor, group_size: int) -> Tensor:
     """Groups whose episodes are all worth the same, of which nothing can be learnt: [B] -> [B / G] bool."""
     groups = scores.view(-1, group_size)
@@ -458,26 +466,31 @@ def skip_equal_groups(batch: Batch, scores: Tensor, group_size: int) -> Batch:
     return batch._replace(response_mask=batch.response_mask & ~skipped[:, None])
 
 
-def budget_metrics(
-    episodes: list[Episode], scores: Tensor, group_size: int, tokenizer: Tokenizer
+def reward_metrics(
+    episodes: list[Episode], scores: Tensor, group_size: int, tokenizer: Tokenizer, has_budgets: bool
 ) -> dict[str, float]:
-    """What a step's budgets did, over all processes."""
-    lengths = [num_thinking_tokens(e, tokenizer) for e in episodes]
-    kept = sum(length <= e.question.budget for e, length in zip(episodes, lengths, strict=True))
+    """What a step's rewards looked at: thinking and budgets, or queries and passages; over all processes."""
     equal = equal_groups(scores, group_size)
-    n, total, thought, adhered, skipped, groups = sum_over_processes(*map(torch.tensor, (
-        len(episodes), scores.sum().item(), sum(lengths), kept, equal.sum().item(), len(equal))))
-    return {"rollout/reward": total / n, "rollout/thinking": thought / n, "rollout/adherence": adhered / n,
-            "rollout/equal_groups": skipped / groups}
+    lengths = [num_thinking_tokens(e, tokenizer) for e in episodes]
+    values = {"reward": scores.sum().item(), "thinking": sum(lengths),
+              "queries": sum(len(e.queries) for e in episodes), "passages": sum(len(collected(e)) for e in episodes),
+              "format": sum(is_well_formed(e, tokenizer) for e in episodes),
+              "hit": sum(hit(collected(e), e.question.golden_answers) for e in episodes)}
+    if has_budgets:
+        values["adherence"] = sum(n <= e.question.budget for e, n in zip(episodes, lengths, strict=True))
+    n, skipped, groups, *totals = sum_over_processes(*map(torch.tensor, (
+        len(episodes), equal.sum().item(), len(equal), *values.values())))
+    found = {f"rollout/{name}": total / n for name, total in zip(values, totals, strict=True)}
+    return found | {"rollout/equal_groups": skipped / groups}
 
 
 def backward(
     actor: Policy, critic: Critic | None, packed: Packed,
-    old_logprobs: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor,
-    num_tokens: float, trained: list[str], settings: TrainSettings,
+    old_logprobs: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor, guide_logprobs: Tensor,
+    weights: Tensor | None, num_tokens: float, trained: list[str], settings: TrainSettings,
 ) -> dict[str, Tensor]:
     """Gradients of Eq. 2 and of the critic's loss over the response tokens of a pass, as a share of the mini-batch's
-    num_tokens; returns sums for the log. old_logprobs to returns: [N]."""
+    num_tokens; returns sums for the log. old_logprobs to weights: [N]."""
     here = torch.ones_like(old_logprobs, dtype=torch.bool)  # all of them are under the mask
     sums = {"tokens": here.sum()}
     if critic is not None:
@@ -487,8 +500,10 @@ def backward(
         sums |= {"value_loss": of_critic.loss.detach(), "value_clip": of_critic.clip_frac}
     if "actor" in trained:
         logprobs, entropy = token_logprobs(actor, packed)
-        of_actor = policy_loss(logprobs, old_logprobs, advantages, here, clip_eps=settings.clip_eps, entropy=entropy,
-                               entropy_weight=settings.entropy_weight)
+        of_actor = policy_loss(
+            logprobs, old_logprobs, advantages, here, clip_eps=settings.clip_eps, entropy=entropy,
+            entropy_weight=settings.entropy_weight, guide_logprobs=guide_logprobs,
+            kl_weight=settings.beta if settings.kl_in == "loss" else 0.0, weights=weights)
         (of_actor.loss / num_tokens).backward()
         sums |= {"policy_loss": of_actor.loss.detach(), "clip_frac": of_actor.clip_frac,
                  "approx_kl": of_actor.approx_kl, "entropy": entropy.detach().sum()}
@@ -575,7 +590,9 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
         raise ValueError(f"--distance {settings.distance}: got it for phase taid, whose target is its own; drop it")
     if phase.startswith("bard"):
         check_budgets(settings)
-    advantage = settings.advantage or ("group" if phase in ("grpo", "bard-rl") else "gae")
+    advantage = settings.advantage or ("group" if phase in GROUPED else "gae")
+    if phase == "qagent" and settings.stage not in (1, 2):
+        raise ValueError(f"--stage {settings.stage}: expected 1 or 2")
     if phase in REINFORCE and advantage == "group" and not 2 <= settings.group_size <= settings.prompts_per_step:
         raise ValueError(f"--group-size {settings.group_size}: expected at least 2, and at most --prompts-per-step "
                          f"({settings.prompts_per_step}), which counts episodes")
@@ -661,7 +678,20 @@ def train(run: Run) -> None:
                 shard(critic)
         if settings.shard == "all" and guide:
             shard(guide.decoder)
-        reinforce(run, student, critic, guide, retriever, questions, validate)
+        score = make_score(student.tokenizer, settings, device)
+        reinforce(run, student, critic, guide, retriever, questions, validate, score)
+
+
+def make_score(
+    tokenizer: Tokenizer, settings: TrainSettings, device: torch.device
+) -> Callable[[list[Episode]], list[float]]:
+    """What episodes are worth in a phase: Eq. 3, right within the budget, or what was found for a generator."""
+    if settings.phase == "bard-rl":
+        return lambda episodes: [bard.reward(e, tokenizer, settings) for e in episodes]
+    if settings.phase == "qagent":
+        generator = qagent.load_generator(settings, device) if settings.stage == 2 else None
+        return lambda episodes: qagent.rewards(episodes, tokenizer, generator, settings)
+    return lambda episodes: [e.score for e in episodes]
 
 
 def write_versions(run: Run, retriever: Retriever | None, questions: list[Question], dtype: torch.dtype) -> None:

@@ -1,0 +1,335 @@
+"""QAgent: a plug-and-play search agent (Jiang et al., 2025, arXiv:2510.08383): rewards, generator, search door.
+
+The agent plans, asks several queries at once, reflects on what came back (protocol.py) and hands the passages to any
+generator. It learns by GRPO (train.py --phase qagent) in two stages; equations are the paper's Sec. 3
+    stage 1   R = 1[format] EM(answer)                        rewards the whole chain, end to end
+    stage 2   R = EM(generator's answer) + 0.5 Hit            rewards what was found, as a frozen generator sees it
+
+Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), with reasons; an option gives theirs
+ 1. Everything is read from the recorded episode. There, regular expressions over the whole text also match the notice
+    after an invalid action.
+ 2. Hit looks at retrieved passages alone; there, and in the paper, at the whole trajectory, so that an agent is paid
+    for listing guesses in its plan                                                          --hit-in trajectory
+ 3. EM is strict in both stages; there, stage 2 and the evaluation take a gold answer anywhere within the prediction,
+    not even at the borders of words ("no" in "know")                                        --answer-match within
+ 4. The generator reads passages once each, title and text, in the order in which they were found; there, texts alone
+    in the order of a set.
+As published: an episode that never searches has the right format; nothing rewards fewer passages.
+
+    python qagent.py search "who wrote ..." --model runs/qagent          passages, and how they were found
+    python qagent.py answer "who wrote ..." --model runs/qagent --generator DIR     a generator's answer from them
+    python qagent.py serve --model runs/qagent --port 8018               the same over HTTP, on this machine alone
+
+Legend: K passages collected.
+"""
+
+import json
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import config
+from config import setting
+from data import Question, exact_match, hit, normalize_answer
+from episode import Episode, episode_text
+from model import Tokenizer, load_decoder
+from protocol import PROTOCOLS, merged, observation_ids
+from retriever import Passage, Retriever
+from rollout import Policy, RolloutSettings, generate
+
+GENERATOR_PROMPT = (
+    "{passages}\n\nUse the passages above to answer the question. Answer in a few words, without an explanation.\n"
+    "Question: {question}"
+)
+PLANNED = re.compile(r"</plan>\s*$")
+REFLECTED = re.compile(r"\s*<reflection>((?!</?reflection>).)*</reflection>", re.DOTALL)
+REMOTE_CALLS = 8  # of a remote generator at once
+MAX_BODY, MAX_QUESTION = 65_536, 4_000  # bytes of a request, characters of its question
+
+Generator = Callable[[Sequence[Question], Sequence[Sequence[Passage]]], list[str]]
+
+
+@dataclass
+class QAgentSettings(RolloutSettings):
+    stage: int = setting(1, "qagent: 1: format and answer; 2: what a frozen generator makes of the passages")
+    generator: str = setting("", "qagent: checkpoint that answers from passages, or http://.../v1/chat/completions")
+    generator_model: str = setting("", "qagent: the model's name, for a generator behind http")
+    generator_prompt: str = setting("", "qagent: a file with {passages} and {question}; 'protocol': the generator is "
+                                    "an agent that is shown them as found; empty: our own words")
+    generator_tokens: int = setting(64, "qagent: tokens of a generator's answer")
+    generator_timeout_s: float = setting(60.0, "qagent: a generator behind http that takes longer is asked again")
+    generator_tries: int = setting(3, "qagent: times that it is asked")
+    answer_match: str = setting("strict", "qagent: a generator's answer equals a gold answer, or has it within",
+                                choices=("strict", "within"))
+    hit_in: str = setting("passages", "qagent: where a gold answer counts as found (published: trajectory)",
+                          choices=("passages", "trajectory"))
+    hit_weight: float = setting(0.5, "qagent: what a hit is worth in stage 2")
+
+
+# ---- what an episode has found ----
+
+
+def collected(episode: Episode) -> list[Passage]:
+    """K: the passages of all turns, each once, in the order in which they were found."""
+    return merged(episode.passages)
+
+
+# ---- rewards ----
+
+
+def is_well_formed(episode: Episode, tokenizer: Tokenizer) -> bool:
+    """r_fmt: each search directly after a closed plan, a reflection directly after each block of passages, an answer,
+    and no turn without an action."""
+    turns = [tokenizer.decode(s.ids) for s in episode.segments if s.author == "agent"]
+    if episode.status != "answered" or len(turns) != episode.num_searches + 1:
+        return False
+    reflects = all(REFLECTED.match(turn) for turn in turns[1:])
+    return reflects and all(PLANNED.search(turn.partition("<search>")[0]) for turn in turns[:-1])
+
+
+def stage_1(is_formed: bool, correct: float) -> float:
+    """1[format] EM (paper, stage 1)."""
+    return float(is_formed) * correct
+
+
+def stage_2(correct: float, found: bool, hit_weight: float = 0.5) -> float:
+    """EM of the generator's answer + 0.5 Hit (paper, stage 2)."""
+    return correct + hit_weight * found
+
+
+def within(prediction: str | None, golds: Sequence[str]) -> float:
+    """The published "non-strict" match: a normalised gold answer anywhere in the normalised prediction."""
+    text = normalize_answer(prediction or "")
+    return float(any(gold and gold in text for gold in map(normalize_answer, golds)))
+
+
+def has_hit(episode: Episode, tokenizer: Tokenizer, hit_in: str) -> bool:
+    """Whether a gold answer was found: in the retrieved passages, or (as published) anywhere in the trajectory, the
+    agent's own words included."""
+    golds = episode.question.golden_answers
+    if hit_in == "passages":
+        return hit(collected(episode), golds)
+    said = " ".join(tokenizer.decode(s.ids) for s in episode.segments if s.author != "prompt")
+    return bool(within(said, golds))
+
+
+def rewards(
+    episodes: Sequence[Episode], tokenizer: Tokenizer, generator: Generator | None, settings: QAgentSettings
+) -> list[float]:
+    """Of a stage's episodes; generator: needed in stage 2."""
+    if settings.stage == 1:
+        return [stage_1(is_well_formed(e, tokenizer), e.score) for e in episodes]
+    answers = generator([e.question for e in episodes], [collected(e) for e in episodes])
+    match = {"strict": exact_match, "within": within}[settings.answer_match]
+    return [stage_2(match(answer, e.question.golden_answers), has_hit(e, tokenizer, settings.hit_in),
+                    settings.hit_weight) for answer, e in zip(answers, episodes, strict=True)]
+
+
+# ---- the frozen generator ----
+
+
+def generator_messages(question: Question, passages: Sequence[Passage], prompt: str = "") -> list[dict[str, str]]:
+    """What a generator is asked; prompt: a file with {passages} and {question}, empty for ours."""
+    template = Path(prompt).read_text(encoding="utf-8") if prompt else GENERATOR_PROMPT
+    if "{question}" not in template or "{passages}" not in template:
+        raise ValueError(f"--generator-prompt {prompt}: got no {{question}} or no {{passages}}, expected both")
+    shown = "\n\n".join(f"{p.title}\n{p.text}" for p in passages) or "(no passages)"
+    parts = re.split(r"(\{passages\}|\{question\})", template)  # text that is put in is never searched for them
+    values = {"{passages}": shown, "{question}": question.question}
+    return [{"role": "user", "content": "".join(values.get(part, part) for part in parts)}]
+
+
+def local_generator(policy: Policy, settings: QAgentSettings) -> Generator:
+    """A checkpoint that answers greedily; passages that do not fit into the context are left out from the end."""
+    def fits(question: Question, passages: Sequence[Passage]) -> Question:
+        room = settings.max_context_tokens - settings.generator_tokens
+        for count in range(len(passages), -1, -1):
+            messages = generator_messages(question, passages[:count], settings.generator_prompt)
+            if count == 0 or len(policy.tokenizer.chat(messages)) < room:
+                return replace(question, prompt=messages, budget=None)
+
+    def ask(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
+        rules = replace(settings, prompt="row", max_turns=0, temperature=0.0, max_new_tokens=settings.generator_tokens)
+        asked = [fits(q, k) for q, k in zip(questions, passages, strict=True)]
+        episodes = generate(policy, None, asked, rules, seed=0)
+        return [policy.tokenizer.decode(e.segments[-1].ids).strip() for e in episodes]
+
+    def show(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
+        rules = replace(settings, protocol="search-r1", max_turns=0, temperature=0.0)
+        room = settings.max_context_tokens // 2
+        shown = [observation_ids(policy.tokenizer, k, room) for k in passages]
+        episodes = generate(policy, None, questions, rules, seed=0, shown=shown)
+        return [e.answer or "" for e in episodes]
+
+    return show if settings.generator_prompt == "protocol" else ask
+
+
+def remote_generator(settings: QAgentSettings) -> Generator:
+    """A server that speaks the chat-completions protocol; asked again after an error, with growing pauses."""
+    def ask(question: Question, passages: Sequence[Passage]) -> str:
+        body = {"model": settings.generator_model, "temperature": 0, "max_tokens": settings.generator_tokens,
+                "messages": generator_messages(question, passages, settings.generator_prompt)}  # fmt: skip
+        request = urllib.request.Request(settings.generator, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        for attempt in range(settings.generator_tries):
+            try:
+                with urllib.request.urlopen(request, timeout=settings.generator_timeout_s) as response:
+                    return json.load(response)["choices"][0]["message"]["content"].strip()
+            except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            time.sleep(min(10.0, 0.5 * 2**attempt) if attempt + 1 < settings.generator_tries else 0)
+        raise RuntimeError(f"--generator {settings.generator}: got {problem} {settings.generator_tries} times, "
+                           "expected an answer of a chat-completions server; see its log, then --resume")
+
+    def ask_all(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
+        with ThreadPoolExecutor(REMOTE_CALLS) as pool:
+            return list(pool.map(ask, questions, passages))
+
+    return ask_all
+
+
+def load_generator(settings: QAgentSettings, device: torch.device | str = "cpu") -> Generator:
+    if not settings.generator:
+        raise ValueError("--generator: got none, expected a checkpoint or the address of a chat-completions server")
+    if settings.generator.startswith(("http://", "https://")):
+        return remote_generator(settings)
+    policy = Policy(load_decoder(settings.generator, device=device), Tokenizer.load(settings.generator))
+    policy.decoder.requires_grad_(False)
+    return local_generator(policy, settings)
+
+
+# ---- plug and play ----
+
+
+class Found(NamedTuple):
+    passages: list[Passage]
+    queries: list[str]
+    trace: str  # the episode as text
+
+
+def search(question: str, policy: Policy, retriever: Retriever, settings: QAgentSettings, *, seed: int = 0) -> Found:
+    """Let the agent work on a question: the passages for a generator, and how they were found."""
+    if not question.strip():
+        raise ValueError("question: got nothing, expected a text")
+    [episode] = generate(policy, retriever, [Question("asked", question, (), "asked")], settings, seed=seed)
+    return Found(collected(episode), episode.queries, episode_text(episode, policy.tokenizer))
+
+
+@dataclass
+class SearchSettings(QAgentSettings):
+    protocol: str = setting("qagent", "what the agent may write", choices=tuple(PROTOCOLS))
+    max_turns: int = setting(5, "turns that may search (official code)")
+    top_k: int = setting(1, "passages of a query (official code)")
+    prompt: str = setting("qagent", "'qagent' (our words), 'short', or a file with {question} (the published text)")
+    model: str = setting("runs/qagent", "checkpoint that searches")
+    corpus: str = setting("", "passages, JSONL")
+    encoder: str = setting("", "checkpoint of the passage encoder")
+    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
+    host: str = setting("127.0.0.1", "serve: address; 0.0.0.0 opens the door to other machines, without a password")
+    port: int = setting(8018, "serve: port")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """POST /search {"question": text} -> {"passages": [{id, title, text}], "queries": [text], "trace": text}."""
+
+    look_up: Callable[[str], Found]  # set by serve
+    lock = threading.Lock()  # the model answers one question at a time
+    timeout = 30  # seconds for a client to send what it has announced
+
+    def do_POST(self) -> None:
+        try:
+            self.answer(200, self.found())
+        except ValueError as error:
+            self.answer(400, {"error": str(error)})
+        except RuntimeError as error:
+            self.answer(500, {"error": str(error)})
+
+    def found(self) -> dict[str, Any]:
+        if self.path != "/search":
+            raise ValueError(f"{self.path}: got an unknown path, expected /search")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            raise ValueError(f"Content-Length: got {length!r}, expected at most {MAX_BODY}")
+        row = json.loads(self.rfile.read(int(length)))
+        question = row.get("question") if isinstance(row, dict) else None
+        if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
+            raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most {MAX_QUESTION} "
+                             "characters")
+        with self.lock:
+            found = type(self).look_up(question)
+        passages = [{"id": p.id, "title": p.title, "text": p.text} for p in found.passages]
+        return {"passages": passages, "queries": found.queries, "trace": found.trace}
+
+    def answer(self, status: int, value: dict[str, Any]) -> None:
+        body = json.dumps(value, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def serve(look_up: Callable[[str], Found], host: str, port: int) -> ThreadingHTTPServer:
+    """A server that is ready; .serve_forever() runs it."""
+    return ThreadingHTTPServer((host, port), type("Door", (Handler,), {"look_up": staticmethod(look_up)}))
+
+
+# ---- the program ----
+
+
+def main(argv: list[str]) -> None:
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command not in ("search", "answer", "serve"):
+        is_help = command in ("", "-h", "--help")
+        sys.exit(__doc__ if is_help else f"qagent.py: got {command!r}, expected search, answer or serve")
+    words = []
+    while rest and not rest[0].startswith("--"):
+        words.append(rest.pop(0))
+    if (command == "serve") == bool(words):
+        sys.exit(f"qagent.py {command}: got {' '.join(words)!r}, expected "
+                 + ("no question" if command == "serve" else 'a question: "who wrote ..."'))
+    settings = config.load(SearchSettings, rest, prog=f"qagent.py {command}",
+                           description="A plug-and-play search agent.",
+                           default_config=Path(__file__).parent / "configs" / "world.toml",
+                           shared={f.name for f in fields(SearchSettings)} - {"temperature"})
+    generator = load_generator(settings) if command == "answer" else None
+    policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
+    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+
+    def look_up(question: str) -> Found:
+        return search(question, policy, retriever, settings)
+
+    if command == "serve":
+        server = serve(look_up, settings.host, settings.port)
+        print(f"http://{settings.host}:{settings.port}/search; Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+    question = " ".join(words)
+    found = look_up(question)
+    print(found.trace)
+    for number, passage in enumerate(found.passages, 1):
+        print(f"\n[{number}] {passage.title}\n{passage.text}")
+    if generator is not None:
+        [answer] = generator([Question("asked", question, (), "asked")], [found.passages])
+        print(f"\nanswer: {answer}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"qagent.py: {error}")

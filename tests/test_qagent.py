@@ -1,0 +1,266 @@
+"""QAgent: rewards against the paper's formulas, the hack that the published hit pays, generators, the search door.
+
+Run: python -m pytest tests/test_qagent.py
+"""
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import dgpo
+import qagent
+import train
+from data import Question
+from episode import Episode, Segment
+from model import Tokenizer, load_decoder
+from protocol import QAGENT
+from qagent import Found, QAgentSettings, collected, generator_messages, has_hit, is_well_formed, within
+from retriever import Passage
+from rollout import Policy
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-6  # fp32
+SEARCH = "<plan>p</plan>\n<search><query>q</query></search>"
+ANSWER = "<reflection>r</reflection>\n<answer> Ann </answer>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(ROOT / "world" / "student")
+
+
+def played(tokenizer: Tokenizer, *turns: str, passages: tuple[str, ...] = ("nothing",), gold: str = "Ann",
+           notices: int = 0) -> Episode:
+    """An episode of these turns; each search brought a passage for each text."""
+    segments, found = [Segment("prompt", tokenizer.encode("who?"))], []
+    for turn in turns:
+        segments.append(Segment("agent", tokenizer.encode(turn)))
+        if "<search>" in turn:
+            found.append([Passage(text, "T", text, 1.0) for text in passages])
+            segments.append(Segment("environment", tokenizer.encode(QAGENT.observation(found[-1]))))
+        elif "<answer>" not in turn:
+            segments.append(Segment("environment", tokenizer.encode(QAGENT.notice)))
+    answer = turns[-1].partition("<answer>")[2].partition("</answer>")[0].strip() or None
+    status = "answered" if answer else "max_turns"
+    return Episode(Question("q", "who?", (gold,), "test"), segments, status, answer, passages=found)
+
+
+# ---- rewards ----
+
+
+@pytest.mark.parametrize(("turns", "expected"), [
+    ((SEARCH, ANSWER), True), ((SEARCH, "<reflection>r</reflection>" + SEARCH, ANSWER), True),
+    (("<answer> Ann </answer>",), True),  # as published: an answer without a search breaks no rule
+    (("<search><query>q</query></search>", ANSWER), False),  # no plan
+    (("<plan>p</plan> so <search><query>q</query></search>", ANSWER), False),  # not directly
+    (("<plan>p<search><query>q</query></search>", ANSWER), False),  # not closed
+    ((SEARCH, "<answer> Ann </answer>"), False),  # no reflection
+    ((SEARCH, "so <reflection>r</reflection><answer> Ann </answer>"), False),
+    ((SEARCH, SEARCH, ANSWER), False), ((SEARCH,), False), (("hm", SEARCH, ANSWER), False),
+])  # fmt: skip
+def test_the_format_is_read_from_the_episode(tokenizer, turns, expected):
+    assert is_well_formed(played(tokenizer, *turns), tokenizer) == expected
+
+
+def test_stage_1_is_format_times_exact_match(tokenizer):
+    settings, right, wrong = QAgentSettings(stage=1), (SEARCH, ANSWER), (SEARCH, ANSWER.replace("Ann", "Bob"))
+    unformed = (SEARCH, "<answer> Ann </answer>")
+    episodes = [played(tokenizer, *turns) for turns in (right, wrong, unformed)]
+    assert qagent.rewards(episodes, tokenizer, None, settings) == [1.0, 0.0, 0.0]
+
+
+def test_stage_2_is_the_generators_answer_and_half_a_hit(tokenizer):
+    """{0, 0.5, 1, 1.5} of the paper; what the agent itself answers does not count."""
+    episodes = [
+        played(tokenizer, SEARCH, ANSWER, passages=("Ann was here",)), played(tokenizer, SEARCH, ANSWER),
+        played(tokenizer, SEARCH, passages=("Ann was here",)), played(tokenizer, SEARCH, ANSWER),
+    ]  # fmt: skip
+    asked = []
+
+    def generator(questions, passages):
+        asked.append([[p.text for p in k] for k in passages])
+        return ["Ann", "the Ann", "Bob", "Bob"]
+
+    assert qagent.rewards(episodes, tokenizer, generator, QAgentSettings(stage=2)) == [1.5, 1.0, 0.5, 0.0]
+    assert asked == [[["Ann was here"], ["nothing"], ["Ann was here"], ["nothing"]]]
+    settings = QAgentSettings(stage=2, hit_weight=0.2)
+    assert qagent.rewards(episodes[:1], tokenizer, lambda q, k: ["Bob"], settings) == [0.2]
+
+
+def test_the_published_hit_pays_guesses_in_the_plan_and_ours_does_not(tokenizer):
+    guess = "<plan>Ann or Bob or Cid or Dan</plan>\n<search><query>q</query></search>"
+    episode = played(tokenizer, guess, ANSWER.replace("Ann", "Bob"))
+    assert has_hit(episode, tokenizer, "trajectory") and not has_hit(episode, tokenizer, "passages")
+    hacked = [qagent.rewards([episode], tokenizer, lambda q, k: ["Eve"], QAgentSettings(stage=2, hit_in=where))[0]
+              for where in ("trajectory", "passages")]  # fmt: skip
+    assert hacked == [0.5, 0.0]
+    asked = played(tokenizer, SEARCH, ANSWER.replace("Ann", "Bob"), gold="who")
+    assert not has_hit(asked, tokenizer, "trajectory")  # the question is not the agent's
+
+
+def test_the_published_match_takes_an_answer_within_a_word():
+    assert within("I know", ["no"]) == 1.0 and within("It was Ann.", ["ann"]) == 1.0
+    assert within("Bob", ["Ann"]) == within(None, ["Ann"]) == within("x", ["The"]) == 0.0
+
+
+def test_passages_are_collected_once_each_in_the_order_in_which_they_were_found(tokenizer):
+    episode = played(tokenizer, SEARCH, ANSWER)
+    one, two, three = (Passage(n, n, n, 1.0) for n in "abc")
+    episode.passages = [[two, one], [one, three]]
+    assert [p.id for p in collected(episode)] == ["b", "a", "c"]
+
+
+# ---- KL in the loss, mean over episodes ----
+
+
+def test_kl_in_the_loss_is_k3_of_the_guided_tokens():
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    guide = torch.tensor([-1.5, float("nan"), -0.5])
+    zeros, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    found = dgpo.policy_loss(
+        logprobs, logprobs.detach(), zeros, mask, clip_eps=0.2, guide_logprobs=guide, kl_weight=0.1)
+    gap = -0.5
+    assert found.loss.item() == pytest.approx(0.1 * (torch.tensor(gap).exp().item() - gap - 1), abs=TOLERANCE)
+    found.loss.backward()
+    expected = [0.1 * (1 - torch.tensor(gap).exp().item()), 0.0, 0.0]
+    assert logprobs.grad.tolist() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_weights_turn_the_sum_over_tokens_into_a_mean_of_means():
+    logprobs, zeros = torch.zeros(5), torch.zeros(5)
+    advantages, mask = torch.tensor([1.0, 1.0, 1.0, 1.0, -2.0]), torch.ones(5, dtype=torch.bool)
+    weights = torch.tensor([1 / 4] * 4 + [1.0])
+    found = dgpo.policy_loss(logprobs, zeros, advantages, mask, clip_eps=0.2, weights=weights)
+    assert found.loss.item() == pytest.approx(-1.0 + 2.0)
+    assert dgpo.policy_loss(logprobs, zeros, advantages, mask, clip_eps=0.2).loss.item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_stage_that_is_none_is_refused(stage):
+    with pytest.raises(ValueError, match=f"--stage {stage}: expected 1 or 2"):
+        train.with_defaults(train.TrainSettings(phase="qagent", stage=stage))
+
+
+# ---- generators ----
+
+
+def test_a_generator_reads_titles_and_texts_and_nothing_that_is_put_in_is_a_place(tmp_path):
+    question = Question("q", "who {passages}?", ("Ann",), "test")
+    [message] = generator_messages(question, [Passage("1", "T", "of {question}", 1.0)])
+    assert "T\nof {question}" in message["content"] and "Question: who {passages}?" in message["content"]
+    (tmp_path / "prompt.txt").write_text("{question}")
+    with pytest.raises(ValueError, match="no {passages}"):
+        generator_messages(question, [], str(tmp_path / "prompt.txt"))
+
+
+def test_a_local_generator_answers_in_batch_and_drops_what_does_not_fit(tokenizer):
+    policy = Policy(load_decoder(ROOT / "world" / "student"), tokenizer)
+    settings = QAgentSettings(max_context_tokens=200, generator_tokens=5)
+    questions = [Question(f"q{i}", "who?", ("Ann",), "test") for i in range(3)]
+    long = [Passage(str(i), "T", "word " * 60, 1.0) for i in range(9)]
+    answers = qagent.local_generator(policy, settings)(questions, [[], long[:1], long])
+    assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
+    assert answers[1] != "" or answers[2] != ""
+
+
+class Server(BaseHTTPRequestHandler):
+    failures = 0
+    asked: list = []
+
+    def do_POST(self):
+        row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked.append(row)
+        ok = type(self).failures <= 0
+        type(self).failures -= 1
+        choice = {"message": {"content": " Ann \n"}}
+        body = json.dumps({"choices": [choice]} if ok else {"error": "busy"}).encode()
+        self.send_response(200 if ok else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.failures, Server.asked = 0, []
+    http = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1/chat/completions"
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_remote_generator_speaks_chat_completions_and_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(qagent.time, "sleep", lambda seconds: None)
+    Server.failures = 2
+    settings = QAgentSettings(generator=server, generator_model="m", generator_tries=3)
+    questions = [Question("q", "who?", ("Ann",), "test")]
+    assert qagent.load_generator(settings)(questions, [[Passage("1", "T", "Ann", 1.0)]]) == ["Ann"]
+    assert len(Server.asked) == 3
+    assert (Server.asked[0]["model"], Server.asked[0]["temperature"]) == ("m", 0)
+    assert "T\nAnn" in Server.asked[0]["messages"][0]["content"]
+
+
+def test_a_remote_generator_that_keeps_failing_ends_with_its_address(server, monkeypatch):
+    monkeypatch.setattr(qagent.time, "sleep", lambda seconds: None)
+    Server.failures = 99
+    settings = QAgentSettings(generator=server, generator_tries=2)
+    with pytest.raises(RuntimeError, match="--generator http://127.*503.* 2 times"):
+        qagent.load_generator(settings)([Question("q", "who?", ("Ann",), "test")], [[]])
+
+
+def test_without_a_generator_the_error_says_what_to_give():
+    with pytest.raises(ValueError, match="--generator: got none"):
+        qagent.load_generator(QAgentSettings())
+
+
+# ---- the door ----
+
+
+@pytest.fixture
+def door():
+    def look_up(question: str) -> Found:
+        if question == "fail":
+            raise RuntimeError("the index is away")
+        return Found([Passage("1", "T", f"about {question}", 1.0)], [question], "trace")
+
+    http = qagent.serve(look_up, "127.0.0.1", 0)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+def post(url: str, body: bytes) -> tuple[int, dict]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=10) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_question_comes_in_by_the_door_and_passages_and_trace_go_out(door):
+    status, found = post(f"{door}/search", json.dumps({"question": "who?"}).encode())
+    assert (status, found["queries"], found["trace"]) == (200, ["who?"], "trace")
+    assert found["passages"] == [{"id": "1", "title": "T", "text": "about who?"}]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "message"), [
+    ("/other", b"{}", 400, "expected /search"), ("/search", b"not json", 400, "Expecting value"),
+    ("/search", b"[]", 400, "expected a text"), ("/search", b'{"question": " "}', 400, "expected a text"),
+    ("/search", b'{"question": 3}', 400, "expected a text"), ("/search", b'{"question": "fail"}', 500, "index is away"),
+    ("/search", json.dumps({"question": "x" * 5000}).encode(), 400, "at most 4000"),
+    ("/search", b" " * 70_000, 400, "Content-Length"),
+])  # fmt: skip
+def test_what_cannot_be_answered_is_refused_with_its_reason(door, path, body, status, message):
+    got, found = post(door + path, body)
+    assert got == status and message in found["error"]
