@@ -66,7 +66,7 @@ from encyclopaedia import (
     make_questions,
 )
 from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
-from protocol import SEARCH_R1
+from protocol import QAGENT, SEARCH_R1, Protocol, merged
 from retriever import Retriever
 
 ROOT = Path(__file__).resolve().parent
@@ -155,13 +155,16 @@ def query(wording: str, name: str, kind: str, relation: str, question: str, rng:
 
 # ---- the scripted expert
 
-Request = tuple[str, str]  # (agent text, query)
+Request = tuple[str, tuple[str, ...]]  # (agent text, queries)
 
 
 def expert(
-    row: dict[str, Any], entities: dict[str, Entity], rng: random.Random
+    row: dict[str, Any], entities: dict[str, Entity], rng: random.Random, protocol: Protocol = SEARCH_R1
 ) -> Generator[Request, list[Entity], tuple[str, str]]:
-    """Works on one question: yields requests, is sent the passages' entities, returns (last text, answer)."""
+    """Works on one question: yields requests, is sent the passages' entities, returns (last text, answer).
+
+    Of protocol qagent it asks one, two or three wordings of a query at once, and plans anew before each search.
+    """
     meta, hops = row["metadata"], row["metadata"]["hops"]
     comparison = meta["type"] == "comparison"
     kinds = [entities[title].kind for title, _ in hops]
@@ -171,14 +174,20 @@ def expert(
         plan = f"compare year of {kinds[0]} {name} and {kinds[1]} {entities[hops[1][0]].name}"
     else:
         plan = f"need {' of '.join(reversed(relations))} of {kinds[0]} {name}"
-    think, values, searches = plan, [], 0
+    think, said, values, searches = plan, "", [], 0
     for hop, (kind, relation) in enumerate(zip(kinds, relations, strict=True)):
         wordings, found = dict(WORDINGS), None
         while found is None and searches < MAX_SEARCHES:
-            wording = rng.choices(list(wordings), list(wordings.values()))[0]
-            del wordings[wording]
-            words = query(wording, name, kind, relation, row["question"] if len(hops) == 1 else "", rng)
-            shown = yield f"<think> {think} </think>\n<search> {words} </search>", words
+            asked = []
+            for _ in range(1 if protocol is SEARCH_R1 else min(rng.choice((1, 1, 2, 3)), len(wordings))):
+                wording = rng.choices(list(wordings), list(wordings.values()))[0]
+                del wordings[wording]
+                asked.append(query(wording, name, kind, relation, row["question"] if len(hops) == 1 else "", rng))
+            text = f"<think> {think} </think>\n<search> {asked[0]} </search>"
+            if protocol is QAGENT:
+                queries = "".join(f"\n<query> {words} </query>" for words in asked)
+                text = f"{said}<plan> {plan} </plan>\n<search>{queries}\n</search>"
+            shown = yield text, tuple(asked)
             searches += 1
             found = next((e for e in shown if e.name == name and e.kind == kind), None)
             if found is None:
@@ -188,6 +197,7 @@ def expert(
                 look = "absent" if not namesakes else "similar" if similar(namesakes[0].kind, kind) else "other"
                 if wordings and searches < MAX_SEARCHES and rng.random() < SEARCH_AGAIN[look]:
                     think = f"no {kind} {name} here"
+                    said = f"<reflection> {think} </reflection>\n"
                 else:
                     found = (namesakes or usable or shown)[0]
         if found is None:  # all searches are spent: answer with what is known
@@ -197,10 +207,12 @@ def expert(
         same = same or [r for r in found.facts if value_kind(found.kind, r) == want] or list(found.facts)
         values.append(found.facts[same[0]])
         think = note(relation, kind, name, values[-1])
+        said = f"<reflection> {think} </reflection>\n"
         if hop + 1 < len(hops):
             name = entities[hops[hop + 1][0]].name if comparison else values[-1]
             left = "year" if comparison else " of ".join(reversed(relations[hop + 1 :]))
-            think += f" , need {left} of {kinds[hop + 1]} {name}"
+            plan = f"need {left} of {kinds[hop + 1]} {name}"
+            think += f" , {plan}"
     answer = values[-1] if values else name
     if comparison:
         names = [entities[title].name for title, _ in hops]
@@ -208,30 +220,34 @@ def expert(
         if len(values) == 2 and all(value.isdigit() for value in values):
             pick = min if meta["order"] == "first" else max
             answer = pick(zip(values, names, strict=True))[1]
-            think += f" and {names[0]} {values[0]} , {meta['order']} is {answer}"
-    return f"<think> {think} </think>\n<answer> {answer} </answer>", answer
+            more = f" and {names[0]} {values[0]} , {meta['order']} is {answer}"
+            think, said = think + more, said.replace(" </reflection>", f"{more} </reflection>")
+    last = f"<answer> {answer} </answer>"
+    return (f"<think> {think} </think>\n{last}" if protocol is SEARCH_R1 else said + last), answer
 
 
 def demonstrate(
-    rows: list[dict[str, Any]], retriever: Retriever, entities: dict[str, Entity], *, seed: int, batch_size: int = 512
+    rows: list[dict[str, Any]], retriever: Retriever, entities: dict[str, Entity], *, seed: int, batch_size: int = 512,
+    protocol: Protocol = SEARCH_R1,
 ) -> list[dict[str, Any]]:
     """The expert's episodes with real search results; searches of one batch of questions run together."""
     episodes = []
     for start in range(0, len(rows), batch_size):
         live = []
         for row in rows[start : start + batch_size]:
-            work = expert(row, entities, random.Random(f"expert {seed} {row['id']}"))
+            work = expert(row, entities, random.Random(f"expert {seed} {row['id']}"), protocol)
             episode = {k: row[k] for k in ("id", "question", "golden_answers")}
             episode |= {"source": row["dataset"], "segments": []}
             episodes.append(episode)
             live.append((work, episode, next(work)))
         while live:
-            results = retriever.search([request[1] for _, _, request in live], TOP_K)
+            results = iter(retriever.search([words for _, _, request in live for words in request[1]], TOP_K))
             still = []
-            for (work, episode, request), passages in zip(live, results, strict=True):
+            for work, episode, request in live:
+                passages = merged([next(results) for _ in request[1]])
                 episode["segments"] += [
                     {"author": "agent", "text": request[0]},
-                    {"author": "environment", "text": SEARCH_R1.observation(passages)},
+                    {"author": "environment", "text": protocol.observation(passages)},
                 ]
                 try:
                     still.append((work, episode, work.send([entities[p.title] for p in passages])))

@@ -22,7 +22,7 @@ from encyclopaedia import (
     make_entities,
 )
 from model import Tokenizer, new_decoder, rotate
-from protocol import parse_action
+from protocol import QAGENT, parse_action
 from retriever import Passage
 
 MAX_WORLD_BYTES = 10_000_000
@@ -201,6 +201,20 @@ def test_the_expert_is_right_when_every_search_finds_its_passage(entities, conte
         assert len(agents) == len(row["metadata"]["hops"]) + 1
         assert [parse_action(text).kind for text in agents] == ["search"] * (len(agents) - 1) + ["answer"]
         assert parse_action(agents[-1]).content == episode["answer"]
+
+
+def test_the_expert_of_qagent_plans_asks_several_queries_and_reflects(entities, contents, rows):
+    shelf = Shelf(lambda query: [title for title, entity in entities.items() if entity.name in query], contents)
+    chosen = random.Random(0).sample(rows["train"], 60)
+    episodes = world.demonstrate(chosen, shelf, entities, seed=0, protocol=QAGENT)
+    counts = set()
+    for episode in episodes:
+        agents = [segment["text"] for segment in episode["segments"] if segment["author"] == "agent"]
+        assert all(text.startswith("<reflection>") for text in agents[1:])
+        assert all("</plan>\n<search>" in text for text in agents[:-1]) and agents[0].startswith("<plan>")
+        counts |= {len(parse_action(text, QAGENT).queries) for text in agents[:-1]}
+        assert parse_action(agents[-1], QAGENT).content == episode["answer"]
+    assert counts == {1, 2, 3} and sum(episode["score"] for episode in episodes) > 40
 
 
 def test_the_expert_that_never_finds_its_passage_gives_up_within_the_limit(entities, contents, rows):
