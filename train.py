@@ -419,10 +419,8 @@ def reinforce(
                     group = [part[i] for i in group]
                     old = [x[group][mask[group]]
                            for x in (old_logprobs, advantages, old_values, returns, guide_logprobs)]
-                    weights = None
-                    if settings.mean_over == "episode":  # num_tokens cancels: the mean of the episodes' means is left
-                        sizes = mask[group].sum(1)
-                        weights = (num_tokens / max(1, num_rows) / sizes).repeat_interleave(sizes)
+                    by_episode = settings.mean_over == "episode"
+                    weights = episode_weights(mask[group], num_tokens, num_rows) if by_episode else None
                     packed = pack(batch, group, lengths)
                     done = backward(actor, critic, packed, *old, weights, max(1, num_tokens), trained, settings)
                     if epoch == 0 and k == 0:
@@ -452,6 +450,13 @@ def reinforce(
         if run.is_over():
             break
     run.finish(actor)
+
+
+def episode_weights(mask: Tensor, num_tokens: float, num_rows: float) -> Tensor:
+    """Of each response token, so that the weighted sum over all num_rows episodes / num_tokens is the mean of the
+    episodes' means: [B, T] -> [N]."""
+    sizes = mask.sum(1)  # [B]
+    return (num_tokens / max(1, num_rows) / sizes).repeat_interleave(sizes)
 
 
 def equal_groups(scores: Tensor, group_size: int) -> Tensor:

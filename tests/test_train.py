@@ -182,13 +182,34 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
     assert all(isinstance(value, float | int) and value == value for row in rows for value in row.values())
     assert "eval/score" in rows[1] and ("eval/adherence" in rows[1]) == bool(budgets)
-    assert ("rollout/equal_groups" in rows[0]) == (phase == "bard-rl") and not any("second" in key for key in rows[0])
+    assert ("rollout/equal_groups" in rows[0]) == (phase in train.SKIPPING) and not any("second" in key for key in rows[0])
     assert load_decoder(tmp_path / "run").config.hidden_size == 16
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["phase"] == phase
     perf = [json.loads(line) for line in (tmp_path / "run" / "perf.jsonl").read_text().splitlines()]
     assert len(perf) == len(rows) and all(row["passes"] >= 1 for row in perf)
     if phase in train.REINFORCE:
         assert "  [" in (tmp_path / "run" / "samples" / "step_000002.txt").read_text()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--stage", "1"], ["--stage", "2", "--hit-in", "trajectory", "--answer-match", "within"],
+    ["--stage", "2", "--generator-prompt", "protocol", "--kl-in", "loss", "--mean-over", "episode"],
+])  # fmt: skip
+def test_qagent_learns_in_both_stages_with_a_generator_beside_it(mini, tmp_path, flags):
+    rows = run(mini, tmp_path / "run", "--phase", "qagent", "--protocol", "qagent", "--group-size", "4", "--generator",
+               str(mini / "teacher"), "--generator-tokens", "6", *flags)
+    assert len(rows) == 4 and all(value == value for row in rows for value in row.values())
+    assert {"rollout/reward", "rollout/format", "rollout/queries", "rollout/hit"} <= set(rows[0])
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_mean_over_episodes_weighs_a_long_one_like_a_short_one():
+    mask = torch.tensor([[True, True, True, True], [False, True, False, False], [False] * 4])
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0])  # means 3 and 10; the third row has nothing to say
+    weights = train.episode_weights(mask, 5.0, 2.0)
+    assert (weights * values).sum() / 5 == pytest.approx(6.5)
+    halves = [train.episode_weights(mask[rows], 5.0, 2.0) for rows in ([0], [1, 2])]  # of two passes
+    assert torch.equal(torch.cat(halves), weights)
 
 
 def test_distillation_lowers_the_loss(mini, tmp_path):
