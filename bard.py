@@ -7,12 +7,12 @@ What is BARD's, as its abstract says: the two phases; the budget as a control si
 various budgets; a reward of reasoning performance and budget fidelity together. Reported by others, not read by us:
 that the reward is their product, and that the compressor is another language model.
 
-What is a reconstruction, because the paper's own choice was not available; each line is an option
+What is a reconstruction, because the paper's own choice was not available; what stands at the right is an option
   the control signal          one sentence in the user's turn, a plain integer in it                 --budget-text
   what is counted             tokens strictly inside <think> and </think>, over all turns
   budgets                     one of them drawn for each question                                    --budgets
   prompt of the compressor    COMPRESS_PROMPT, in our own words                                      --compress-prompt
-  acceptance                  the answer is re-derived from the chain alone; retries                 --compress-tries
+  acceptance                  the teacher finds the answer when it reads the chain; retries          --compress-tries
                               length in [min_fill * b, b]                                            --min-fill
                               a question stays when it has versions for half of its budgets
   reinforcement               GRPO, one budget a group, groups without a difference skipped          --advantage gae
@@ -26,6 +26,7 @@ Legend: l tokens thought, b budget.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from config import setting
 from data import Question, check_budget, is_correct, parse_question, read_rows
 from episode import Episode, Segment, num_thinking_tokens, prompt_segment, save_episodes, thinking
 from model import Tokenizer
+from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
 
 REWARDS = ("multiplicative", "additive", "l1_max")
@@ -50,7 +52,9 @@ COMPRESS_PROMPT = (
     "alone.\n\n"
     "Question: {question}\n\nReasoning: {chain}\n\nAnswer: {answer}"
 )
-TURN = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<(search|answer)>(?:(?!<think>).)*?</\1>", re.DOTALL)
+TURN = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<(search|answer)>((?:(?!<think>).)*?)</\1>", re.DOTALL)
+MAX_ACTION_TOKENS = 48  # of a query or an answer: more would be thinking that is not counted
+TAG = re.compile(r"</?(?:think|answer|search|information)>")
 
 
 @dataclass
@@ -111,52 +115,67 @@ def reward(episode: Episode, tokenizer: Tokenizer, settings: BardSettings) -> fl
 
 
 def is_well_formed(episode: Episode, tokenizer: Tokenizer) -> bool:
-    """Whether each of the agent's turns is one thought and one action: nothing is thought where it is not counted."""
-    turns = [tokenizer.decode(s.ids) for s in episode.segments if s.author == "agent"]
-    return episode.status == "answered" and all(TURN.match(turn) for turn in turns)
+    """Whether each of the agent's turns is one thought and one short action, so that all thinking is counted.
+
+    A turn that a hard stop has ended is not.
+    """
+    turns = [TURN.match(tokenizer.decode(s.ids)) for s in episode.segments if s.author == "agent"]
+    return episode.status == "answered" and all(
+        turn and len(tokenizer.encode(turn[2])) <= MAX_ACTION_TOKENS for turn in turns)
 
 
-# ---- budgets of a run's questions ----
+# ---- checks of settings ----
 
 
-def draw_budgets(questions: Sequence[Question], budgets: Sequence[int], *seeds: int) -> list[Question]:
-    """Each question with one of the budgets, which depends on the seeds and on its place alone."""
-    if not budgets:
-        return list(questions)
-    drawn = np.random.default_rng((*seeds, 4)).choice(np.array(budgets), len(questions))
-    return [replace(question, budget=int(budget)) for question, budget in zip(questions, drawn, strict=True)]
-
-
-def check_budgets(settings: BardSettings) -> None:
+def check_settings(settings: BardSettings) -> None:
+    """Of the phases of BARD."""
     if not settings.budgets:
         raise ValueError("--budgets: got none, expected the budgets to train for, --budgets 128 256 512 for example")
     for budget in settings.budgets:
         check_budget(budget, settings.max_context_tokens)
+    for name, low, high in (("budget_use", 0, 1), ("min_fill", 0, 1), ("versions_per_question", 2, math.inf),
+                            ("compress_tries", 1, math.inf), ("budget_tolerance", 0, math.inf)):  # fmt: skip
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
+    if settings.hard_stop:
+        raise ValueError("--hard-stop: got it for training, where it would put words into the agent's mouth; it is for "
+                         "eval.py and rollout.py ask")
 
 
 # ---- data: a teacher's chains, compressed ----
 
 
-def read_chains(path: str | Path) -> list[tuple[Question, str]]:
-    """Questions and right chains of a file: rows with a "chain" (and an "answer", when the teacher's may be wrong), or
-    episodes whose one turn has the chain in its thinking. Wrong answers are left out."""
-    found = []
+def read_chains(path: str | Path) -> tuple[list[tuple[Question, str]], int]:
+    """(questions and right chains of a file, how many rows were left out: wrong, or of several turns).
+
+    A row has a "chain" (and an "answer", when the teacher's may be wrong), or is an episode whose one turn has the
+    chain in its thinking.
+    """
+    found, num_left_out = [], 0
     for number, row in read_rows(Path(path)):
         where = f"{path}:{number}"
         question = parse_question(row, row.get("source") or Path(path).stem, str(len(found)), where)
         chain, answer = row.get("chain"), row.get("answer", question.golden_answers[0])
-        if chain is None and isinstance(row.get("segments"), list):
-            turns = [s.get("text", "") for s in row["segments"] if s.get("author") == "agent"]
-            thought = re.match(r"\s*<think>(.*?)</think>", turns[0] if len(turns) == 1 else "", re.DOTALL)
-            chain = thought[1] if thought else ""
+        segments = row.get("segments")
+        if chain is None and isinstance(segments, list) and all(isinstance(s, dict) for s in segments):
+            turns = [s.get("text") for s in segments if s.get("author") == "agent"]
+            chain = turns[0] if len(turns) == 1 else ""
+            chain = chain.partition("</think>")[0] if isinstance(chain, str) and "</think>" in chain else ""
         if not isinstance(chain, str) or not isinstance(answer, str | None):
             raise ValueError(f"{where}: got no chain, expected the teacher's reasoning as text under \"chain\", or an "
                              "episode")
-        if chain.strip() and is_correct(answer, question):
-            found.append((question, chain.strip()))
+        chain = chain.strip().removeprefix("<think>").removesuffix("</think>").strip()
+        if tag := TAG.search(chain):
+            raise ValueError(f"{where}: got {tag[0]} within a chain, expected reasoning without tags, or with one "
+                             "<think> and </think> around it")
+        if chain and is_correct(answer, question):
+            found.append((question, chain))
+        else:
+            num_left_out += 1
     if not found:
-        raise ValueError(f"{path}: got no right answer with a chain, expected at least one")
-    return found
+        raise ValueError(f"{path}: got no right answer with a chain in {num_left_out} rows, expected at least one")
+    return found, num_left_out
 
 
 def version(tokenizer: Tokenizer, question: Question, chain: str, settings: BardSettings) -> Episode:
@@ -181,7 +200,7 @@ def compress(
     compressor: a model that is prompted; None: trails.compress. checker: a model that must find the answer when it
     reads the chain, by greedy decoding; None: the chain must contain it.
     """
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter()  # of versions
     wanted: list[tuple[int, Question, str]] = []  # (chain's number, question with its budget, natural chain)
     for i, (question, chain) in enumerate(chains):
         rng = np.random.default_rng((seed, i, 5))
@@ -192,7 +211,9 @@ def compress(
     left = list(range(len(wanted)))
     for attempt in range(1 if compressor is None else settings.compress_tries):
         proposed = propose([wanted[k] for k in left], student, compressor, settings, seed=seed + attempt)
-        kept, counts["too long"], counts["too short"], counts["no chain"] = [], 0, 0, 0
+        kept: list[tuple[int, str]] = []
+        for reason in ("no chain", "too long", "too short"):  # of the last attempt
+            counts[reason] = 0
         for k, chain in zip(left, proposed, strict=True):
             _, question, natural = wanted[k]
             length = num_chain_tokens(student, chain) if chain else 0
@@ -253,8 +274,11 @@ def propose(
     rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=longest + 16, temperature=1.0, hard_stop=False)
     for k, episode in zip(open_places, generate(compressor, None, asked, rules, seed=seed, progress="compressor"),
                           strict=True):
-        text = compressor.tokenizer.decode(episode.segments[-1].ids)
-        proposed[k] = re.sub(r"</?(think|answer|search|information)>", " ", text).strip() or None
+        written = episode.segments[-1]
+        # A prompt that fills the context is not answered, and an answer that was cut off is not a chain.
+        if written.author == "agent" and written.ids and written.ids[-1] == compressor.tokenizer.eos_id:
+            text = compressor.tokenizer.decode(written.ids).rpartition("</think>")[2]  # not what it thought itself
+            proposed[k] = TAG.sub(" ", text).strip() or None
     return proposed
 
 
@@ -274,7 +298,7 @@ def write_versions(
     settings: BardSettings, *, seed: int,
 ) -> str:
     """Phase bard-data: the file that bard-sft reads, and beside it what was dropped; returns a line for the log."""
-    chains = read_chains(chains_path)
+    chains, num_left_out = read_chains(chains_path)
     episodes, counts = compress(chains, student, compressor, checker, settings, seed=seed)
     if not episodes:
         raise ValueError(f"{path}: got no chain through the filters, expected some; {counts}; try other --budgets, a "
@@ -283,11 +307,11 @@ def write_versions(
     lengths: dict[int, list[int]] = {}
     for episode in episodes:
         lengths.setdefault(episode.question.budget, []).append(num_thinking_tokens(episode, student))
-    found = {"chains": len(chains), "versions": len(episodes), "counts": counts,
+    found = {"chains": len(chains), "rows left out": num_left_out, "versions": len(episodes), "counts": counts,
              "mean_length": {b: round(float(np.mean(lengths[b])), 1) for b in sorted(lengths)},
              "versions_at": {b: len(lengths[b]) for b in sorted(lengths)}, "settings": asdict(settings)}
     Path(path).with_suffix(".counts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return f"{path}: {len(episodes)} versions of {len(chains)} chains; " + ", ".join(
+    return f"{path}: {len(episodes)} versions of {len(chains)} chains ({num_left_out} rows left out); " + ", ".join(
         f"{reason} {count}" for reason, count in counts.items() if count)
 
 
@@ -296,7 +320,7 @@ def write_versions(
 
 def measure(
     policy: Policy, questions: Sequence[Question], settings: RolloutSettings, budgets: Sequence[int], *,
-    seed: int = 0, retriever: Any = None, progress: bool = False,
+    seed: int = 0, retriever: Retriever | None = None, progress: bool = False,
 ) -> dict[str, Any]:
     """Every question at every budget: what is thought, and how often it is right, freely and with a hard stop.
 
@@ -310,7 +334,8 @@ def measure(
                      progress=f"budget {budget}{', hard stop' * stop}" if progress else "")
             for stop in (False, True))
         rows += [{"id": e.question.id, "budget": budget, "length": num_thinking_tokens(e, policy.tokenizer),
-                  "correct_free": e.score, "correct": s.score, "status": e.status}
+                  "correct_free": e.score, "correct": s.score, "status": e.status,
+                  "formed": is_well_formed(e, policy.tokenizer)}
                  for e, s in zip(free, stopped, strict=True)]
     return summarize(rows) | {"rows": rows}
 
@@ -323,7 +348,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         some = [row for row in rows if row["budget"] == b]
         lengths = np.array([row["length"] for row in some], float)
         found[b] = {
-            "n": len(some), "adherence": float((lengths <= b).mean()),
+            "n": len(some), "formed": float(np.mean([row["formed"] for row in some])),
+            "adherence": float((lengths <= b).mean()),
             "overshoot": float(np.maximum(0, lengths - b).mean() / b),
             "relative_error": float(np.abs(lengths - b).mean() / b), "use": float(lengths.mean() / b),
             "length": float(lengths.mean()), "accuracy": float(np.mean([row["correct"] for row in some])),
@@ -352,7 +378,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-
 def save_measures(result: dict[str, Any], out: Path) -> None:
     """budgets.json, and a line for each question and budget beside it."""
     out.mkdir(parents=True, exist_ok=True)
@@ -364,7 +389,7 @@ def save_measures(result: dict[str, Any], out: Path) -> None:
 
 def budget_table(result: dict[str, Any]) -> str:
     """One line for each budget."""
-    keys = ("adherence", "overshoot", "relative_error", "use", "length", "accuracy", "accuracy_free")
+    keys = ("formed", "adherence", "overshoot", "relative_error", "use", "length", "accuracy", "accuracy_free")
     lines = [" ".join(["budget".rjust(8), *(key.rjust(14) for key in keys)])]
     for budget, values in result["budgets"].items():
         lines.append(" ".join([str(budget).rjust(8), *(f"{values[key]:.3f}".rjust(14) for key in keys)]))

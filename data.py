@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 # Rows of the published sets (paper Table 9): `prepare` prints them beside what it found.
@@ -160,9 +161,12 @@ def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Que
     ok = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
     check(bool(ok), "golden_answers", answers, "a list of one or more strings")
     kind = row.get("answer_kind", "text")
-    check(kind in ANSWER_KINDS, "answer_kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
+    check(isinstance(kind, str) and kind in ANSWER_KINDS, "answer_kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
     metadata = row.get("metadata") or {}
     check(isinstance(metadata, dict), "metadata", metadata, "an object")
+    readable = {"integer": _numbers, "choice": _letter, "text": bool}[kind]
+    check(all(readable(answer) for answer in answers) or kind == "text", "golden_answers", answers,
+          f"answers of kind {kind}")
     id = id if row.get("id") is None else str(row["id"])
     id = id if id.startswith(f"{source}_") else f"{source}_{id}"
     return Question(id, text, tuple(answers), source, prompt, metadata, context, kind)
@@ -195,8 +199,16 @@ def build_messages(question: Question, prompt: str, budget_text: str = BUDGET_TE
 def check_budget(budget: int, max_context_tokens: int) -> None:
     """A budget is a number of tokens that an episode has room for."""
     if not 0 < budget < max_context_tokens:
-        raise ValueError(f"--budget: got {budget}, expected 1 to {max_context_tokens - 1} tokens: it must fit into "
+        raise ValueError(f"budget: got {budget}, expected 1 to {max_context_tokens - 1} tokens: it must fit into "
                          f"--max-context-tokens {max_context_tokens}")
+
+
+def draw_budgets(questions: Sequence[Question], budgets: Sequence[int], *seeds: int) -> list[Question]:
+    """Each question with one of the budgets, which depends on the seeds and on its place alone."""
+    if not budgets:
+        return list(questions)
+    drawn = np.random.default_rng((*seeds, 4)).choice(np.array(budgets), len(questions))
+    return [replace(question, budget=int(budget)) for question, budget in zip(questions, drawn, strict=True)]
 
 
 @functools.cache
@@ -232,8 +244,9 @@ def integer_match(prediction: str | None, golds: Sequence[str]) -> float:
 def _numbers(text: str) -> set[str]:
     """The distinct numbers of a text, or of its last \\boxed{}, without leading zeros and thousands' commas."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", boxed[-1] if boxed else text)
-    return {re.sub(r"\.0+$", "", re.sub(r"^(-?)0+(?=\d)", r"\1", n.replace(",", ""))) for n in found}
+    found = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", boxed[-1] if boxed else text)
+    plain = {re.sub(r"\.0+$", "", re.sub(r"^(-?)0+(?=\d)", r"\1", n.replace(",", ""))) for n in found}
+    return {"0" if number == "-0" else number for number in plain}
 
 
 def choice_match(prediction: str | None, golds: Sequence[str]) -> float:
@@ -244,9 +257,9 @@ def choice_match(prediction: str | None, golds: Sequence[str]) -> float:
 
 def _letter(text: str) -> str | None:
     boxed = re.findall(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", text)
-    text = (boxed[-1] if boxed else text).strip()
-    found = re.match(r"\(?([A-J])\)?(?:[.):,]|$)", text, re.IGNORECASE)
-    found = found or re.search(r"answer(?: is)?:?\s*(?:option\s*)?\(?([A-J])\)?(?![A-Za-z])", text, re.IGNORECASE)
+    text = (boxed[-1] if boxed else text).strip().strip("*").strip()
+    found = re.match(r"\(?([A-J])\)?(?:[.):]|$)", text, re.IGNORECASE)
+    found = found or re.search(r"(?i:answer(?: is)?:?\s*(?:option\s*)?)\(?([A-J])\)?(?![A-Za-z])", text)
     return found[1].upper() if found else None
 
 

@@ -340,6 +340,11 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
 def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
     """Load, evaluate, write, print."""
     sets = read_sets(settings.questions, settings.limit)  # mistakes here show before the long loads
+    if settings.budgets and (measures_arcap or settings.budget is not None or settings.hard_stop or settings.episodes):
+        raise ValueError("--budgets: got it with --budget, --hard-stop, --episodes or arcap, expected it alone: every "
+                         "budget is run freely and with a hard stop")
+    if measures_arcap and settings.max_turns == 0:
+        raise ValueError("arcap: got --max-turns 0, expected turns that search")
     for budget in (settings.budget, *settings.budgets):
         if budget is not None:
             check_budget(budget, settings.max_context_tokens)
@@ -362,6 +367,7 @@ def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
         print(f"{arcap_table([result])}\n\nwrote {out}/arcap.json")
         return
     if settings.budgets:
+        config.save(settings, out / "run.json")
         questions = [question for some in sets.values() for question in some]
         result |= bard.measure(policy, questions, settings, settings.budgets, seed=settings.seed, retriever=retriever,
                                progress=True)

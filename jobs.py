@@ -88,6 +88,9 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
                     free -= job.cores
                     waiting.remove(job)
                     running.add(pool.submit(run, job))
+            if not running:
+                names = ", ".join(job.name for job in waiting)
+                raise RuntimeError(f"{names}: got needs that no job meets, or more than {CORES} cores")
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for job in [future.result() for future in finished]:
                 free += job.cores

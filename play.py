@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bard import draw_budgets
-from data import Question, load_questions
+from data import Question, draw_budgets, load_questions
 from episode import STATUSES, Episode, load_episodes, save_episodes
 from model import Tokenizer
 from parallel import barrier, sum_over_processes, whole

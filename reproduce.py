@@ -376,6 +376,9 @@ def rows(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) 
 
 def pairs(runs: Path, records: Path, seeds: Sequence[int]) -> None:
     """Build the other models, run Table 3's rows with them and print the report."""
+    if missing := [name for name in PAIR_ROWS if not tuning_record(records, name, TUNING_RUNS - 1).exists()]:
+        raise RuntimeError(f"{records}: got no learning rates of {', '.join(missing)}, expected those that python "
+                           "reproduce.py rows chooses")
     built = ROOT / "runs" / "world" / "pairs"
     run_jobs([Job("build pairs", lambda: ["world.py", "build-pairs"], built / "llama" / "teacher" / "model.safetensors",
                   cores=CORES)], runs / "logs")  # fmt: skip
@@ -425,5 +428,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"reproduce.py: {error}")

@@ -9,7 +9,7 @@ Rows
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
-Each distils for the same number of episodes (four versions of a chain, or the chain four times), and each row that is
+Each distils on about as many episodes (up to four versions of a chain, or the chain four times), and each row that is
 reinforced takes the same steps. Resumable row by row, as reproduce.py is.
 """
 
@@ -92,8 +92,6 @@ def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> 
     rows = [json.loads(line) for line in (out / "budgets.jsonl").read_text().splitlines()]
     found |= {"row": name, "seed": seed, "machine": f"{platform.machine()}, one thread a process"}
     found["correct"] = {b: "".join(str(int(row["correct"])) for row in rows if row["budget"] == b) for b in MEASURED}
-    found["wrong_lengths"] = {b: float(np.mean([r["length"] for r in rows if r["budget"] == b and not r["correct"]]
-                                               or [0])) for b in MEASURED}
     metrics = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     keys = ("eval/score", "eval/adherence", "rollout/score", "rollout/reward", "rollout/thinking", "rollout/adherence",
             "rollout/equal_groups", "loss/entropy")  # fmt: skip
@@ -128,7 +126,7 @@ def report(records: Path) -> str:
                 digits = 1 if key == "length" else 3
                 rows.append([ROWS[name].label, *(f"{mean:.{digits}f}" for mean in means)])
         lines += [f"{title}; * never trained on\n", align(rows), ""]
-    rows = [["", "Spearman", "area under accuracy", "least adherence, trained", "held out", "train s", "seeds"]]
+    rows = [["", "Spearman", "area under accuracy", "least adherence, trained", "held out", "s, last phase", "seeds"]]
     for name in ROWS:
         if name in found:
             some = found[name]
@@ -139,22 +137,23 @@ def report(records: Path) -> str:
             rows.append([ROWS[name].label, f"{np.mean([run['spearman'] for run in some]):.3f}",
                          f"{np.mean(areas):.3f}{spread}", *(f"{value:.3f}" for value in least),
                          f"{np.mean([run['train_s'] for run in some]):.0f}", str(len(some))])
-    lines += [align(rows), "", "Accuracy with a hard stop: differences, paired 95 % interval over questions\n"]
+    lines += [align(rows), ""]
+    lines += ["Accuracy with a hard stop: differences; ! the paired 95 % interval over questions excludes 0\n"]
     for other in ("agnostic", "sft", "rl", "additive"):
-        if "bard" in found and other in found:
+        if {run["seed"] for run in found.get("bard", [])} & {run["seed"] for run in found.get(other, [])}:
             lines.append(f"BARD > {ROWS[other].label}: {differences(found['bard'], found[other])}")
     return "\n".join(lines)
 
 
 def differences(left: list[dict], right: list[dict]) -> str:
-    """The difference at each budget; a star where its interval excludes 0."""
+    """The difference at each budget; a mark where its interval excludes 0."""
     seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
 
     def mean(side: list[dict], b: int) -> np.ndarray:
         return np.mean([np.array([*run["correct"][str(b)]], float) for run in side if run["seed"] in seeds], axis=0)
 
     found = bootstrap({str(b): mean(left, b) - mean(right, b) for b in MEASURED})
-    return "  ".join(f"{b} {value:+.3f}{'*' if low > 0 or high < 0 else ''}"
+    return "  ".join(f"{b} {value:+.3f}{'!' if low > 0 or high < 0 else ''}"
                      for b, (value, low, high) in found.items() if b != "all")
 
 
@@ -184,5 +183,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"reproduce_bard.py: {error}")

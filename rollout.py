@@ -144,6 +144,9 @@ def generate(
                          "--max-turns 0")
     for budget in {question.budget for question in questions} - {None}:
         check_budget(budget, settings.max_context_tokens)
+        if settings.hard_stop and settings.max_turns == 0 and budget >= settings.max_new_tokens:
+            raise ValueError(f"--hard-stop: got a budget of {budget} and --max-new-tokens {settings.max_new_tokens}, "
+                             "which end a turn first; raise them")
     episodes = [
         Episode(q, [prompt_segment(policy.tokenizer, q, settings.prompt, settings.budget_text)]) for q in questions]
     opening = policy.tokenizer.encode(forced) if forced else []

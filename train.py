@@ -43,10 +43,10 @@ from torch import Tensor
 import bard
 import config
 import qagent
-from bard import BardSettings, check_budgets, draw_budgets
+from bard import BardSettings
 from collapse import signs_of_collapse
 from config import setting
-from data import Question, hit
+from data import Question, check_budget, draw_budgets, hit
 from dgpo import (
     Moments,
     Taid,
@@ -67,7 +67,7 @@ from dgpo import (
 from episode import Batch, Episode, Packed, collate, load_episodes, num_thinking_tokens, pack
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, Tokenizer, load_decoder, shift
-from parallel import barrier, end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
+from parallel import end_processes, in_step, shard, start_processes, sum_over_processes, update, whole
 from play import episode_metrics, play, read_generated, shuffled, split_questions, write_episodes, write_generated
 from qagent import QAgentSettings, collected, is_well_formed
 from retriever import Retriever
@@ -413,6 +413,8 @@ def reinforce(
             for k in range(num_minibatches):
                 part = [i - offset for i in rows[k::num_minibatches] if 0 <= i - offset < len(episodes)]
                 num_tokens, num_rows = sum_over_processes(mask[part].sum(), mask[part].any(1).sum())
+                if not num_tokens:  # all groups were equal: an update would follow old momentum and weight decay alone
+                    continue
                 groups = in_step(micro_batches([lengths[i] for i in part], settings.micro_batch_tokens))
                 passes += len(groups)
                 for group in groups:
@@ -422,7 +424,7 @@ def reinforce(
                     by_episode = settings.mean_over == "episode"
                     weights = episode_weights(mask[group], num_tokens, num_rows) if by_episode else None
                     packed = pack(batch, group, lengths)
-                    done = backward(actor, critic, packed, *old, weights, max(1, num_tokens), trained, settings)
+                    done = backward(actor, critic, packed, *old, weights, num_tokens, trained, settings)
                     if epoch == 0 and k == 0:
                         first_gap = max(first_gap, done["gap"].item())
                         check_first_gap(first_gap, step)
@@ -438,8 +440,9 @@ def reinforce(
         names += ["policy_loss", "clip_frac", "approx_kl", "entropy"] if "actor" in trained else []
         names.append("tokens")
         *totals, tokens = sum_over_processes(*(sums.get(name, torch.zeros(())) for name in names))
-        metrics |= {f"loss/{name}": total / max(1, tokens) for name, total in zip(names, totals, strict=False)}
-        metrics |= {f"loss/{name}_grad_norm": norms[name][-1] for name in trained}
+        if tokens:
+            metrics |= {f"loss/{name}": total / tokens for name, total in zip(names, totals, strict=False)}
+            metrics |= {f"loss/{name}_grad_norm": norms[name][-1] for name in trained}
         metrics |= {"loss/skipped": run.check_norms(*norms["critic"], *norms["actor"]),
                     "loss/first_log_ratio": first_gap}  # of this process
         metrics |= validate(step + 1, settings.steps)
@@ -594,7 +597,12 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
     if settings.phase == "taid" and settings.distance:
         raise ValueError(f"--distance {settings.distance}: got it for phase taid, whose target is its own; drop it")
     if phase.startswith("bard"):
-        check_budgets(settings)
+        bard.check_settings(settings)
+    for budget in settings.budgets:
+        check_budget(budget, settings.max_context_tokens)
+    episodes = settings.episodes
+    if phase in ("bard-data", "bard-sft") and episodes == TrainSettings.episodes:
+        episodes = "runs/versions.jsonl"  # not those of kd
     advantage = settings.advantage or ("group" if phase in GROUPED else "gae")
     if phase == "qagent" and settings.stage not in (1, 2):
         raise ValueError(f"--stage {settings.stage}: expected 1 or 2")
@@ -602,7 +610,7 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
         raise ValueError(f"--group-size {settings.group_size}: expected at least 2, and at most --prompts-per-step "
                          f"({settings.prompts_per_step}), which counts episodes")
     return replace(
-        settings, run_dir=settings.run_dir or f"runs/{phase}",
+        settings, run_dir=settings.run_dir or f"runs/{phase}", episodes=episodes,
         kl_where=settings.kl_where or ("wrong" if phase == "dgpo" else "all"),
         advantage=advantage,
         distance=settings.distance or ("forward" if phase not in DISTANCES else DISTANCES[phase]),
@@ -633,7 +641,7 @@ def train(run: Run) -> None:
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
         return write_episodes(run, teacher, retriever, questions, settings.episodes)
     if settings.phase == "bard-data":
-        return write_versions(run, retriever, questions, teacher_dtype)
+        return compress_chains(run, retriever, questions, teacher_dtype)
 
     run.prepare_folder()
     student = load_policy(settings.student, device, "student")
@@ -662,11 +670,15 @@ def train(run: Run) -> None:
         if settings.phase != "gkd" or settings.student_share < 1:
             if not run.agree(Path(settings.episodes).exists()):
                 if not teacher:
+                    phase = "bard-data" if settings.phase == "bard-sft" else "episodes"
                     raise ValueError(f"--episodes: got {settings.episodes}, which is not there, expected episodes to "
-                                     "learn from; --phase episodes makes the teacher's")
+                                     f"learn from; --phase {phase} makes the teacher's")
                 write_episodes(run, teacher, retriever, questions, settings.episodes)
             episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt,
                                      budget_text=settings.budget_text)
+            if settings.phase == "bard-sft" and any(e.question.budget is None for e in episodes):
+                raise ValueError(f"--episodes {settings.episodes}: got episodes without a budget, expected those that "
+                                 "--phase bard-data writes")
         if settings.shard != "none":
             shard(student.decoder)
         if settings.shard == "all" and teacher:
@@ -699,23 +711,25 @@ def make_score(
     return lambda episodes: [e.score for e in episodes]
 
 
-def write_versions(run: Run, retriever: Retriever | None, questions: list[Question], dtype: torch.dtype) -> None:
-    """Phase bard-data: chains of a file or of the teacher, asked by all processes; one compresses them."""
+def compress_chains(run: Run, retriever: Retriever | None, questions: list[Question], dtype: torch.dtype) -> None:
+    """Phase bard-data: chains of a file or of the teacher, asked by all processes; the first compresses them."""
     settings, chains = run.settings, run.settings.chains
+    if not settings.student:
+        raise ValueError("--student: got no checkpoint, expected one: budgets count its tokens")
     teacher = frozen(load_policy(settings.teacher, run.device, "teacher", dtype)) if settings.teacher else None
     if not chains:
         chains = str(Path(settings.episodes).with_suffix(".chains.jsonl"))
-        if not run.agree(Path(chains).exists()):
-            if teacher is None:
-                raise ValueError("--teacher: got no checkpoint and no --chains, expected either to reason from")
+        if run.agree(Path(chains).exists()):
+            run.say(f"{chains} is there already: its chains are taken; remove it to ask the teacher again")
+        elif teacher is None:
+            raise ValueError("--teacher: got no checkpoint and no --chains, expected either to reason from")
+        else:
             write_episodes(run, teacher, retriever, questions, chains)
-    if run.rank == 0:
+    if run.rank == 0:  # the others have nothing to wait for
         rules = settings.compressor == "trails"
         compressor = None if rules else frozen(load_policy(settings.compressor, run.device, "compressor", dtype))
-        tokenizer = Tokenizer.load(settings.student)
-        run.say(bard.write_versions(settings.episodes, chains, tokenizer, compressor, teacher, settings,
-                                    seed=settings.seed))
-    barrier()
+        run.say(bard.write_versions(settings.episodes, chains, Tokenizer.load(settings.student), compressor, teacher,
+                                    settings, seed=settings.seed))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
                                16 minutes on two cores beside another job
   python world.py build-pairs  two more pairs in runs/world/pairs, from the shipped tokenizer and encoder: a teacher of
                                twice the layers, and a Llama-type student and teacher; interrupt it and call it again
-  python world.py build-trails reasoning questions (trails.py) in runs/trails, and a student and a teacher for them
+  python world.py build-trails reasoning questions (trails.py) in runs/trails, and a student and a teacher for them;
+                               interrupt it and call it again
 
 What the world was built to contain (encyclopaedia.py says more; none of it is evidence about real data):
 
@@ -593,8 +594,12 @@ def ready_to_look_up(decoder: Decoder, seed: int) -> Decoder:
 def build_trails(seed: int = SEED) -> None:
     """The reasoning questions; a student that can look roads up, and a teacher grown from it that follows trails."""
     tokenizer = Tokenizer.load(WORLD / "student")
-    for split in ("train", "test", "demonstrations", "recall"):
-        write_jsonl(TRAILS / f"{split}.jsonl", trails.make_rows(split))
+    paths = {split: TRAILS / f"{split}.jsonl" for split in ("train", "test", "demonstrations", "recall")}
+    before = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths.values()]
+    for split, path in paths.items():
+        write_jsonl(path, trails.make_rows(split))
+    if before != [path.read_text(encoding="utf-8") for path in paths.values()]:  # what was built is of other texts
+        shutil.rmtree(TRAILS / "building", ignore_errors=True)
     fresh = new_decoder(decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id), seed)
     building = TRAILS / "building"
     save_decoder(ready_to_look_up(fresh, seed), tokenizer, building / "student-0")

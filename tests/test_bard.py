@@ -13,12 +13,15 @@ import pytest
 import torch
 
 import bard
+import eval as evaluation
+import plots
 import trails
 import train
-from bard import BardSettings, additive, compress, draw_budgets, fidelity, l1_max, multiplicative, read_chains, spearman
-from data import Question, choice_match, integer_match, load_questions
+from bard import BardSettings, additive, compress, fidelity, l1_max, multiplicative, read_chains, spearman
+from data import Question, choice_match, draw_budgets, integer_match, load_questions
 from episode import Batch, Episode, Segment, load_episodes, num_thinking_tokens
 from model import Tokenizer
+from rollout import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # of double precision
@@ -97,6 +100,7 @@ def replace_budget(episode: Episode, budget: int) -> Episode:
     "<answer> Gate </answer>", "<think> Gate <answer> Gate </answer>",
     "<think> Gate </think> so it is <answer> Gate </answer>",
     "<think> Gate </think><think> Gate </think>\n<answer> Gate </answer>",
+    "<think> </think>\n<answer> " + "Gate " * 100 + "</answer>",
 ])  # fmt: skip
 def test_thinking_outside_of_its_tags_is_worth_nothing(tokenizer, turn):
     assert bard.reward(played(tokenizer, turn), tokenizer, BardSettings()) == 0
@@ -126,6 +130,20 @@ def test_budgets_depend_on_seed_and_place_alone_and_come_from_the_list():
 def test_budgets_that_cannot_be_are_refused(budgets, message):
     with pytest.raises(ValueError, match=message):
         train.with_defaults(train.TrainSettings(phase="bard-rl", budgets=budgets))
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("budget_use", 2.0), ("versions_per_question", 1), ("compress_tries", 0), ("min_fill", 1.5),
+    ("budget_tolerance", -1),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: got {value}, expected"):
+        train.with_defaults(train.TrainSettings(phase="bard-data", budgets=(16,), **{flag: value}))
+
+
+def test_training_with_a_hard_stop_is_refused():
+    with pytest.raises(ValueError, match="--hard-stop"):
+        train.with_defaults(train.TrainSettings(phase="bard-rl", budgets=(16,), hard_stop=True))
 
 
 def test_groups_without_a_difference_are_left_out():
@@ -226,6 +244,42 @@ def test_a_compressor_that_fails_is_asked_again(tokenizer, monkeypatch):
     assert seeds == [(7, 2), (8, 1), (9, 0)] and len(episodes) == 2
 
 
+def test_a_model_that_compresses_is_asked_in_words_and_what_it_leaves_open_is_no_chain(tokenizer, monkeypatch):
+    """Its own thinking is dropped; a prompt that fills the context and an answer that was cut off give nothing."""
+    written = {"a?": "hm </think> so <answer> x", "b?": "cut off", "c?": None}
+
+    def generate(policy, retriever, questions, settings, **_):
+        assert settings.max_turns == 0 and settings.prompt == "row"
+        for q in questions:
+            asked = q.prompt[0]["content"]
+            assert f"at most {4} tokens" in asked and "Reasoning: Gate Gate Gate" in asked and "Answer: x" in asked
+        episodes = []
+        for q in questions:
+            text = written[q.question]
+            ids = tokenizer.encode(text or "") + [tokenizer.eos_id] * (q.question == "a?")
+            segments = [Segment("prompt", tokenizer.encode("?"))] + [Segment("agent", ids)] * (text is not None)
+            episodes.append(Episode(q, segments, "invalid"))
+        return episodes
+
+    monkeypatch.setattr(bard, "generate", generate)
+    wanted = [(i, Question(q, q, ("x",), "test", budget=4), "Gate " * 30) for i, q in enumerate(written)]
+    policy = Policy(None, tokenizer)
+    assert bard.propose(wanted, tokenizer, policy, BardSettings(), seed=0) == ["so   x", None, None]
+
+
+def test_a_checker_must_find_the_answer_when_it_reads_the_chain(tokenizer, monkeypatch):
+    def generate(policy, retriever, questions, settings, *, shown, forced, **_):
+        assert forced == "<answer>" and settings.temperature == 0
+        answers = ["x" if "right" in tokenizer.decode(ids) else "y" for ids in shown]
+        return [Episode(q, [], "answered", answer) for q, answer in zip(questions, answers, strict=True)]
+
+    monkeypatch.setattr(bard, "generate", generate)
+    question = Question("q", "q", ("x",), "test")
+    chains = [(question, "right"), (question, "x but wrong")]
+    assert bard.check_answers(chains, Policy(None, tokenizer), BardSettings()) == [True, False]
+    assert bard.check_answers(chains, None, BardSettings()) == [False, True]  # without one: it must be named
+
+
 def test_chains_are_read_from_rows_and_from_episodes_and_wrong_ones_are_left_out(tmp_path):
     rows = [
         {"id": 1, "question": "a?", "golden_answers": ["x"], "chain": " so x "},
@@ -240,7 +294,19 @@ def test_chains_are_read_from_rows_and_from_episodes_and_wrong_ones_are_left_out
     ]  # fmt: skip
     path = tmp_path / "chains.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(q.question, chain) for q, chain in read_chains(path)] == [("a?", "so x"), ("c?", "so"), ("d?", "in d")]
+    found, num_left_out = read_chains(path)
+    assert [(q.question, chain) for q, chain in found] == [("a?", "so x"), ("c?", "so"), ("d?", "in d")]
+    assert num_left_out == 2
+    path.write_text(json.dumps(rows[0] | {"chain": "<think> so x </think>"}) + "\n")
+    assert read_chains(path)[0][0][1] == "so x"
+    for bad in ("so <think> x", "so </think> x", "<search> s </search>"):
+        path.write_text(json.dumps(rows[0] | {"chain": bad}) + "\n")
+        with pytest.raises(ValueError, match="chains.jsonl:1: got <.* within a chain"):
+            read_chains(path)
+    for segments in (["a"], [{"author": "agent", "text": 5}], "x"):
+        path.write_text(json.dumps({"question": "a?", "golden_answers": ["x"], "segments": segments}) + "\n")
+        with pytest.raises(ValueError, match="got no chain|got no right answer"):
+            read_chains(path)
     path.write_text(json.dumps({"question": "a?", "golden_answers": ["x"]}) + "\n")
     with pytest.raises(ValueError, match="chains.jsonl:1: got no chain"):
         read_chains(path)
@@ -255,7 +321,8 @@ def test_chains_are_read_from_rows_and_from_episodes_and_wrong_ones_are_left_out
 @pytest.mark.parametrize(("prediction", "gold", "expected"), [
     ("204", "204", 1), ("$\\boxed{042}$", "42", 1), ("the answer is 1,024.", "1024", 1), ("204.0", "204", 1),
     ("204.5", "204", 0), ("204 or 205", "204", 0), ("-7", "7", 0), ("", "0", 0), (None, "3", 0), ("x", "x", 0),
-    ("9" * 5000, "9" * 5000, 1), ("we get \\boxed{3} of 12", "3", 1),
+    ("9" * 5000, "9" * 5000, 1), ("we get \\boxed{3} of 12", "3", 1), ("(1,2)", "12", 0), ("-0", "0", 1),
+    ("1,234,567", "1234567", 1), ("12,34", "1234", 0),
 ])  # fmt: skip
 def test_integers_are_compared_as_numbers(prediction, gold, expected):
     assert integer_match(prediction, [gold]) == expected
@@ -264,7 +331,8 @@ def test_integers_are_compared_as_numbers(prediction, gold, expected):
 @pytest.mark.parametrize(("prediction", "gold", "expected"), [
     ("C", "C", 1), ("(c)", "C", 1), ("C. the third", "C", 1), ("the answer is C", "C", 1),
     ("Answer: (D) because", "D", 1), ("\\boxed{\\text{B}}", "B", 1), ("A cat", "A", 0), ("B and C", "B", 0),
-    ("Because", "B", 0), ("D", "C", 0), (None, "A", 0),
+    ("Because", "B", 0), ("D", "C", 0), (None, "A", 0), ("**C**", "C", 1), ("I, think D", "I", 0),
+    ("the answer is a matter of C", "A", 0), ("the answer is option b", "B", 0),
 ])  # fmt: skip
 def test_choices_are_compared_by_their_letter(prediction, gold, expected):
     assert choice_match(prediction, [gold]) == expected
@@ -277,8 +345,14 @@ def test_a_row_says_how_its_answer_is_compared(tmp_path):
     [question] = load_questions(path)
     assert Episode(question, [], "answered", "\\boxed{042}").score == 1
     path.write_text(json.dumps(row | {"answer_kind": "number"}) + "\n")
-    with pytest.raises(ValueError, match="answer_kind, expected one of text, integer, choice"):
-        load_questions(path)
+    for kind in ("number", ["integer"], 3):
+        path.write_text(json.dumps(row | {"answer_kind": kind}) + "\n")
+        with pytest.raises(ValueError, match="answer_kind, expected one of text, integer, choice"):
+            load_questions(path)
+    for kind, gold in (("integer", "x"), ("choice", "the third")):
+        path.write_text(json.dumps(row | {"answer_kind": kind, "golden_answers": [gold]}) + "\n")
+        with pytest.raises(ValueError, match=f"golden_answers, expected answers of kind {kind}"):
+            load_questions(path)
 
 
 # ---- measures ----
@@ -294,7 +368,8 @@ def test_spearman_is_the_correlation_of_ranks_with_ties_in_the_middle():
 
 def test_measures_are_what_their_names_say():
     rows = [
-        {"id": i, "budget": b, "length": n, "correct": c, "correct_free": f, "status": "answered"}
+        {"id": i, "budget": b, "length": n, "correct": c, "correct_free": f, "status": "answered",
+         "formed": True}
         for i, b, n, c, f in (("a", 10, 10, 1, 1), ("a", 20, 15, 1, 1), ("b", 10, 14, 0, 1), ("b", 20, 30, 1, 0))
     ]  # fmt: skip
     found = bard.summarize(rows)
@@ -304,7 +379,26 @@ def test_measures_are_what_their_names_say():
     assert ten["relative_error"] == pytest.approx(0.2) and twenty["relative_error"] == pytest.approx(0.375)
     assert ten["use"] == pytest.approx(1.2) and found["spearman"] == pytest.approx(1)
     assert found["area"] == pytest.approx(0.75)  # from 0.5 to 1 on a straight line
-    assert "adherence" in bard.budget_table(found)
+    assert bard.budget_table(found).splitlines()[1].split()[:3] == ["10", "1.000", "0.500"]
+
+
+@pytest.mark.parametrize("flags", [["--budget", "16"], ["--hard-stop"], ["--episodes"]])
+def test_budgets_are_measured_by_eval_py_and_drawn(tmp_path, flags):
+    pytest.importorskip("matplotlib")
+    rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers)} for q, _ in trail_chains(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--config", "none", "--model", str(ROOT / "world" / "student"), "--questions", str(tmp_path / "q.jsonl"),
+             "--prompt", "short", "--max-turns", "0", "--max-new-tokens", "24", "--out", str(tmp_path / "out"),
+             "--budgets", "4,8", "--name", "m"]  # fmt: skip
+    with pytest.raises(ValueError, match="--budgets: got it with"):
+        evaluation.main([*given, *flags])
+    evaluation.main(given)
+    found = json.loads((tmp_path / "out" / "budgets.json").read_text())
+    assert set(found["budgets"]) == {"4", "8"} and found["budgets"]["4"]["n"] == 4
+    assert len((tmp_path / "out" / "budgets.jsonl").read_text().splitlines()) == 8
+    plots.plot_budgets([tmp_path / "out" / "budgets.json"], tmp_path / "b.png")
+    plots.plot_rewards(tmp_path / "r.png")
+    assert min((tmp_path / f"{name}.png").stat().st_size for name in "br") > 1000
 
 
 # ---- a run ----

@@ -660,7 +660,7 @@ def test_a_hard_stop_ends_the_thinking_at_the_budget_and_asks_for_the_answer(tok
 
 def test_a_hard_stop_leaves_alone_what_ends_by_itself(tokenizer):
     text = "<think>aaaaaaaaaa</think><answer> gold </answer>"
-    for budget in (11, 12, 500):  # at 11 the closing tag has just begun
+    for budget in (11, 12, 50):  # at 11 the closing tag has just begun
         episode = play(tokenizer, {"ask-a": text}, budget=budget, hard_stop=True, max_turns=0)["ask-a"]
         assert [s.author for s in episode.segments] == ["prompt", "agent"] and episode.answer == "gold"
 
@@ -676,12 +676,17 @@ def test_a_hard_stop_without_room_for_the_answer_ends_the_episode(tokenizer):
     start = len(play(tokenizer, {"ask-a": "x"}, budget=10, max_turns=0)["ask-a"].segments[0].ids)
     episode = play(tokenizer, {"ask-a": THINKS_LONG}, budget=10, hard_stop=True, max_turns=0,
                    max_context_tokens=start + 7 + 10 + 5)["ask-a"]
-    assert episode.status == "max_tokens"
+    assert episode.status == "max_tokens" and num_thinking_tokens(episode, tokenizer) == 10
+
+
+def test_a_hard_stop_that_the_turn_would_end_before_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="--hard-stop: got a budget of 60 and --max-new-tokens 60"):
+        play(tokenizer, {"ask-a": "x"}, budget=60, hard_stop=True, max_turns=0)
 
 
 @pytest.mark.parametrize("budget", [0, -3, 900])
 def test_a_budget_that_cannot_be_is_refused(tokenizer, budget):
-    with pytest.raises(ValueError, match=f"--budget: got {budget}, expected 1 to 899"):
+    with pytest.raises(ValueError, match=f"budget: got {budget}, expected 1 to 899"):
         play(tokenizer, {"ask-a": "x"}, budget=budget)
 
 
