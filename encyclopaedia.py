@@ -11,7 +11,8 @@ Everything is drawn from one seed, so the files can be rebuilt byte for byte. Wh
    corpus; a training question never mentions an entity of the test half, neither on the way nor as the answer.
 4. Seven question styles mirror the paper's seven sets: three single-hop (nq, triviaqa, popqa), four multi-hop
    (hotpotqa: bridge and comparison; 2wikimultihopqa: compositional and comparison; musique: two and three hops;
-   bamboogle: 125). The training file has the nq and hotpotqa styles only, as in the paper.
+   bamboogle: 125). The training file has the nq and hotpotqa styles only, as in the paper; the development file,
+   which settings may be chosen on, has all seven, about the training half.
 
 `python world.py build-data` writes the files.
 """
@@ -53,6 +54,7 @@ SINGLE_HOP = ("nq", "triviaqa", "popqa")
 MULTI_HOP = ("hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 NAMESAKES = (4, 4, 5, 5)  # entries that share a name; drawn uniformly
 NUM_THING_NAMES, NUM_PERSON_NAMES, TRAIN_SHARE = 380, 220, 0.55
+NUM_DEVELOPMENT_QUESTIONS = 100  # of each style, about the training half, none of them a training question
 NUM_QUESTIONS = {
     "train": {"nq": 4000, "hotpotqa": 3500},
     "test": dict(zip((*SINGLE_HOP, *MULTI_HOP), (500, 500, 500, 500, 500, 500, 125), strict=True)),

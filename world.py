@@ -53,6 +53,7 @@ from encyclopaedia import (
     GIVEN_NAMES,
     GROUPS,
     MULTI_HOP,
+    NUM_DEVELOPMENT_QUESTIONS,
     NUM_QUESTIONS,
     PROFESSIONS,
     SCHEMA,
@@ -657,6 +658,13 @@ def build_texts(folder: Path, *, seed: int = SEED) -> tuple[dict[str, Entity], l
     write_jsonl(folder / "corpus.jsonl", corpus)
     train = [make_questions(entities, "train", style, n, seed) for style, n in NUM_QUESTIONS["train"].items()]
     write_jsonl(folder / "questions" / "train.jsonl", itertools.chain.from_iterable(train))
+    asked = {row["question"] for row in read_jsonl(folder / "questions" / "train.jsonl")}
+    development = []
+    for style in NUM_QUESTIONS["test"]:
+        rows = make_questions(entities, "train", style, 4 * NUM_DEVELOPMENT_QUESTIONS, seed + 1)
+        new = [row for row in rows if row["question"] not in asked][:NUM_DEVELOPMENT_QUESTIONS]
+        development += [row | {"id": f"{style}_development_{i}"} for i, row in enumerate(new)]
+    write_jsonl(folder / "questions" / "development.jsonl", development)
     for style, count in NUM_QUESTIONS["test"].items():
         write_jsonl(folder / "questions" / f"{style}.jsonl", make_questions(entities, "test", style, count, seed))
     return entities, corpus

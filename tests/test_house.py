@@ -94,7 +94,8 @@ def test_the_readme_names_functions_that_exist():
 
 def test_presets_hold_settings_that_exist():
     """A key that no program knows would fail on the machine where the real run starts."""
-    train = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in ("train", "rollout", "bard", "qagent"))
+    rooms = ("train", "rollout", "bard", "qagent")
+    train = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in rooms)
     evaluation = train + (ROOT / "eval.py").read_text(encoding="utf-8")
     for path in ROOT.glob("configs/*.toml"):
         document = tomllib.loads(path.read_text(encoding="utf-8"))

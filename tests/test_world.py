@@ -152,6 +152,14 @@ def test_practice_worlds_differ_from_each_other_and_from_the_shipped_one(entitie
     assert all(len(titles) > 2000 for titles in drawn)
 
 
+def test_development_questions_have_all_styles_and_are_new_questions_about_the_training_half(entities, rows):
+    development = world.read_jsonl(world.WORLD / "questions" / "development.jsonl")
+    assert {row["dataset"] for row in development} == set(STYLES)
+    assert not {row["question"] for row in development} & {row["question"] for row in rows["train"]}
+    assert not {row["id"] for row in development} & {row["id"] for row in rows["train"]}
+    assert {entities[title].split for row in development for title, _ in row["metadata"]["hops"]} == {"train"}
+
+
 @pytest.mark.parametrize("family", [{}, world.LLAMA], ids=["qwen2", "llama"])
 def test_the_first_head_of_a_fresh_student_looks_one_token_back(family):
     decoder = world.ready_to_copy(new_decoder(world.decoder_config(3, 50, 1) | family, seed=0))
