@@ -94,10 +94,10 @@ ROWS = {
     "kd-gkd": Row("KD -> GKD", ("kd-gkd",), "kd", flags=("--steps", "180")),
     "teacher-ppo": Row("Teacher, PPO", ("ppo",), "teacher"),
 }
-# The same tuning for every row: three runs of half the row's length with a seed of their own, at the preset's learning
-# rate, at twice that, and beyond the better of the two. The one that answers most development questions (all seven
-# styles, about the training half) gives the rate that the row's seeds run with. Chosen on the training styles alone,
-# rates were twice too high and wordings that training never met were lost (docs/log.md).
+# The same tuning for every row: three runs of the row's length with a seed of their own, at the preset's learning rate,
+# at twice that, and beyond the better of the two. The one that answers most development questions (all seven styles,
+# about the training half) gives the rate that the row's seeds run with. Chosen after half of the length, on the styles
+# of training alone, rates were too high: wordings that training never met were lost (docs/log.md).
 TUNING_RUNS = 3
 DEVELOPMENT = "world/questions/development.jsonl"
 TUNING_SEED = 3
@@ -184,11 +184,8 @@ def row_settings(name: str) -> train.TrainSettings:
 
 
 def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:
-    """Half of the row's length at three rates, from the best such run of the row that it begins with."""
-    begins, settings = ROWS[name].begins, row_settings(name)
-    by_steps = settings.phase in ("gkd", *train.REINFORCE)
-    length = ["--steps", str(settings.steps // 2)] if by_steps else ["--epochs", f"{settings.epochs / 2:g}"]
-    jobs = []
+    """The row at three rates, from the best such run of the row that it begins with."""
+    begins, jobs = ROWS[name].begins, []
     for k in range(TUNING_RUNS):
         folder = runs / f"tune-{name}-{k}"
 
@@ -197,7 +194,7 @@ def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:
             if begins in ROWS:
                 student = runs / f"tune-{begins}-{best_run(records, begins)['run']}"
             rate = next_rate(records, name, k)
-            return row_command(runs, name, TUNING_SEED, folder, student, rate, *length, "--eval-every", "0")
+            return row_command(runs, name, TUNING_SEED, folder, student, rate, "--eval-every", "0")
 
         needs = [f"episodes {TUNING_SEED}", *(f"judge {begins} {i}" for i in range(TUNING_RUNS) if begins in ROWS)]
         needs += [f"judge {name} {i}" for i in (0, 1) if k == 2]
@@ -315,7 +312,7 @@ def report(records: Path) -> str:
             collapsed = sum(run["collapsed"] for run in runs_of)
             lines.append(f"{ROWS[name].label:26} {took:20} {text}  {collapsed} collapsed")
     lines += ["", overhead(found), ""]
-    lines += ["Tuning: exact match on development questions after half of the row's length, by rate\n"]
+    lines += ["Tuning: exact match on development questions, at multiples of the preset's learning rate\n"]
     for name in ROWS:
         if all(tuning_record(records, name, k).exists() for k in range(TUNING_RUNS)):
             runs_of = [json.loads(tuning_record(records, name, k).read_text()) for k in range(TUNING_RUNS)]

@@ -107,15 +107,15 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
         assert Path(settings.student).name == (f"{row.begins}-0" if row.begins in ROWS else plain)
         assert settings.run_dir.endswith(f"{name}-0") and settings.seed == 0
         rates = ("kd_lr", "actor_lr")
-        preset, chosen, half = reproduce.row_settings(name), settings, phases[f"tune {name} 2"]
+        preset, chosen, tuning = reproduce.row_settings(name), settings, phases[f"tune {name} 2"]
         at = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
         for rate in rates:
             assert getattr(chosen, rate) == pytest.approx(getattr(preset, rate) * (2.0 if rate == at else 1))
-            assert getattr(half, rate) == pytest.approx(getattr(preset, rate) * (4.0 if rate == at else 1))
-        assert (half.seed, half.phase) == (reproduce.TUNING_SEED, settings.phase)
+            assert getattr(tuning, rate) == pytest.approx(getattr(preset, rate) * (4.0 if rate == at else 1))
+        assert (tuning.seed, tuning.phase) == (reproduce.TUNING_SEED, settings.phase)
         assert reproduce.TUNING_SEED not in SEEDS  # chosen on other episodes and other noise
-        assert (half.steps / preset.steps, half.epochs / preset.epochs) in ((0.5, 1), (1, 0.5))
-        assert Path(half.student).name == (f"tune-{row.begins}-1" if row.begins in ROWS else plain)
+        assert (tuning.steps, tuning.epochs) == (preset.steps, preset.epochs)
+        assert Path(tuning.student).name == (f"tune-{row.begins}-1" if row.begins in ROWS else plain)
     assert {phases[f"{name} 0"].phase for name in ROWS} == {
         phase for phase in train.PHASES if phase not in ("episodes", "qagent") and not phase.startswith("bard")}
     assert phases["uniform-kl 0"].kl_where == "all" and phases["without-teacher 0"].kl_where == "none"
