@@ -44,8 +44,8 @@ class Episode:
     status: str = ""  # one of STATUSES when it has ended
     answer: str | None = None
     queries: list[str] = field(default_factory=list)
-    dropped_queries: int = 0  # beyond the protocol's bound
     passages: list[list[Passage]] = field(default_factory=list)  # one list for each executed search
+    dropped_queries: int = 0  # beyond the protocol's bound
 
     @property
     def ids(self) -> list[int]:

@@ -144,7 +144,7 @@ def test_a_prompt_that_cannot_be_used_is_an_error(tmp_path):
     question = Question("nq_1", "who?", ("x",), "nq")
     with pytest.raises(ValueError, match="nq_1: got a row without prompt"):
         build_messages(question, "row")
-    with pytest.raises(FileNotFoundError, match="got 'papr', expected paper, short, row"):
+    with pytest.raises(FileNotFoundError, match="got 'papr', expected paper, qagent, short, row"):
         build_messages(question, "papr")
     (tmp_path / "p.txt").write_text("Q")
     with pytest.raises(ValueError, match="got no {question}"):
