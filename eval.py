@@ -58,7 +58,7 @@ MEASURES = ("em", "f1", "hit", "first_hit", "searches", "agent_tokens", *STATUSE
 # Taken from a training preset: what is searched and how an episode runs; never how training
 # samples (temperature, seed) nor what it trains on.
 SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
-          "max_obs_tokens", "max_context_tokens", "rollout_rows", "budget_text")
+          "max_obs_tokens", "max_context_tokens", "rollout_rows", "budget_text", "protocol", "max_queries")
 
 
 @dataclass

@@ -13,7 +13,7 @@ Departures from the official code of QAgent, with reasons
  4. Passages of a turn come in the order of the queries, then of their ranks, each once; there the order of a turn's
     queries is a matter of which thread ends first.
  5. Numbers run through a block; there they start at 1 for each query, so that with one passage a query all are "#1".
- 6. The bound of three queries is kept (or, by option, only counted); there it is in the prompt alone.
+ 6. The bound of three queries is kept (--max-queries 0: it is not); there it is in the prompt alone.
 """
 
 import re

@@ -52,7 +52,7 @@ GENERATOR_PROMPT = (
     "{passages}\n\nUse the passages above to answer the question. Answer in a few words, without an explanation.\n"
     "Question: {question}"
 )
-PLANNED = re.compile(r"</plan>\s*$")
+PLANNED = re.compile(r"<plan>((?!</?plan>).)*</plan>\s*$", re.DOTALL)
 REFLECTED = re.compile(r"\s*<reflection>((?!</?reflection>).)*</reflection>", re.DOTALL)
 REMOTE_CALLS = 8  # of a remote generator at once
 MAX_BODY, MAX_QUESTION = 65_536, 4_000  # bytes of a request, characters of its question
@@ -163,7 +163,8 @@ def local_generator(policy: Policy, settings: QAgentSettings) -> Generator:
         rules = replace(settings, prompt="row", max_turns=0, temperature=0.0, max_new_tokens=settings.generator_tokens)
         asked = [fits(q, k) for q, k in zip(questions, passages, strict=True)]
         episodes = generate(policy, None, asked, rules, seed=0)
-        return [policy.tokenizer.decode(e.segments[-1].ids).strip() for e in episodes]
+        written = [e.segments[-1] for e in episodes]  # the prompt, where that alone fills the context
+        return [policy.tokenizer.decode(s.ids).strip() if s.author == "agent" else "" for s in written]
 
     def show(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
         rules = replace(settings, protocol="search-r1", max_turns=0, temperature=0.0)
@@ -189,8 +190,8 @@ def remote_generator(settings: QAgentSettings) -> Generator:
             except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
             time.sleep(min(10.0, 0.5 * 2**attempt) if attempt + 1 < settings.generator_tries else 0)
-        raise RuntimeError(f"--generator {settings.generator}: got {problem} {settings.generator_tries} times, "
-                           "expected an answer of a chat-completions server; see its log, then --resume")
+        raise ConnectionError(f"--generator {settings.generator}: got {problem} {settings.generator_tries} times, "
+                              "expected an answer of a chat-completions server; see its log, then --resume")
 
     def ask_all(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
         with ThreadPoolExecutor(REMOTE_CALLS) as pool:
@@ -223,6 +224,8 @@ def search(question: str, policy: Policy, retriever: Retriever, settings: QAgent
     if not question.strip():
         raise ValueError("question: got nothing, expected a text")
     [episode] = generate(policy, retriever, [Question("asked", question, (), "asked")], settings, seed=seed)
+    if episode.status == "search_error":
+        raise ConnectionError("the retriever failed, see above why")
     return Found(collected(episode), episode.queries, episode_text(episode, policy.tokenizer))
 
 
@@ -241,6 +244,9 @@ class SearchSettings(QAgentSettings):
     port: int = setting(8018, "serve: port")
 
 
+SHARED = {field.name for field in fields(SearchSettings)} - {"temperature"}  # taken from a training preset
+
+
 class Handler(BaseHTTPRequestHandler):
     """POST /search {"question": text} -> {"passages": [{id, title, text}], "queries": [text], "trace": text}."""
 
@@ -253,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, self.found())
         except ValueError as error:
             self.answer(400, {"error": str(error)})
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             self.answer(500, {"error": str(error)})
 
     def found(self) -> dict[str, Any]:
@@ -303,7 +309,10 @@ def main(argv: list[str]) -> None:
     settings = config.load(SearchSettings, rest, prog=f"qagent.py {command}",
                            description="A plug-and-play search agent.",
                            default_config=Path(__file__).parent / "configs" / "world.toml",
-                           shared={f.name for f in fields(SearchSettings)} - {"temperature"})
+                           shared=SHARED)
+    if not (settings.corpus and settings.encoder):
+        raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give --corpus "
+                         "and --encoder")
     generator = load_generator(settings) if command == "answer" else None
     policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
     retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)

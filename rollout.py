@@ -49,7 +49,7 @@ DECODE_STEPS = {"cpu": 1, "cuda": 8}  # tokens that a row writes before the host
 @dataclass
 class RolloutSettings:
     protocol: str = setting("search-r1", "what the agent may write", choices=tuple(PROTOCOLS))
-    max_queries: int = setting(3, "qagent: queries of one search; 0: any number, counted alone")
+    max_queries: int = setting(3, "qagent: queries of one search, those beyond are dropped and counted; 0: any number")
     max_turns: int = setting(4, "turns that may search (paper Table 8)")
     top_k: int = setting(3, "passages per search (paper Table 8)")
     max_new_tokens: int = setting(500, "tokens per turn (paper Table 8: maximum response length)")

@@ -400,7 +400,7 @@ def reinforce(
         metrics = episode_metrics(episodes) | token_metrics(
             episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
         if settings.phase in SKIPPING:
-            metrics |= reward_metrics(episodes, scores, group_size, actor.tokenizer, bool(settings.budgets))
+            metrics |= reward_metrics(episodes, scores, group_size, actor.tokenizer, settings.phase)
             batch = skip_equal_groups(batch, scores, group_size)
         mask, lengths = batch.response_mask, batch.lengths()
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
@@ -475,21 +475,25 @@ def skip_equal_groups(batch: Batch, scores: Tensor, group_size: int) -> Batch:
 
 
 def reward_metrics(
-    episodes: list[Episode], scores: Tensor, group_size: int, tokenizer: Tokenizer, has_budgets: bool
+    episodes: list[Episode], scores: Tensor, group_size: int, tokenizer: Tokenizer, phase: str
 ) -> dict[str, float]:
     """What a step's rewards looked at: thinking and budgets, or queries and passages; over all processes."""
-    equal = equal_groups(scores, group_size)
-    lengths = [num_thinking_tokens(e, tokenizer) for e in episodes]
-    values = {"reward": scores.sum().item(), "thinking": sum(lengths),
-              "queries": sum(len(e.queries) for e in episodes), "passages": sum(len(collected(e)) for e in episodes),
-              "format": sum(is_well_formed(e, tokenizer) for e in episodes),
-              "hit": sum(hit(collected(e), e.question.golden_answers) for e in episodes)}
-    if has_budgets:
+    equal, values = equal_groups(scores, group_size), {"reward": scores.sum().item()}
+    if phase == "bard-rl":
+        lengths = [num_thinking_tokens(e, tokenizer) for e in episodes]
+        values["thinking"] = sum(lengths)
         values["adherence"] = sum(n <= e.question.budget for e, n in zip(episodes, lengths, strict=True))
+    else:
+        found = [collected(e) for e in episodes]
+        values["passages"] = sum(map(len, found))
+        values["hit"] = sum(hit(k, e.question.golden_answers) for k, e in zip(found, episodes, strict=True))
+        values["queries"] = sum(len(e.queries) for e in episodes)
+        values["dropped_queries"] = sum(e.dropped_queries for e in episodes)
+        values["format"] = sum(is_well_formed(e, tokenizer) for e in episodes)
     n, skipped, groups, *totals = sum_over_processes(*map(torch.tensor, (
         len(episodes), equal.sum().item(), len(equal), *values.values())))
-    found = {f"rollout/{name}": total / n for name, total in zip(values, totals, strict=True)}
-    return found | {"rollout/equal_groups": skipped / groups}
+    means = {f"rollout/{name}": total / n for name, total in zip(values, totals, strict=True)}
+    return means | {"rollout/equal_groups": skipped / groups}
 
 
 def backward(

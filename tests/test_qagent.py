@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import config
 import dgpo
+import eval as evaluation
 import qagent
 import train
 from data import Question
@@ -60,6 +62,7 @@ def played(tokenizer: Tokenizer, *turns: str, passages: tuple[str, ...] = ("noth
     (("<search><query>q</query></search>", ANSWER), False),  # no plan
     (("<plan>p</plan> so <search><query>q</query></search>", ANSWER), False),  # not directly
     (("<plan>p<search><query>q</query></search>", ANSWER), False),  # not closed
+    (("p</plan><search><query>q</query></search>", ANSWER), False),  # not opened
     ((SEARCH, "<answer> Ann </answer>"), False),  # no reflection
     ((SEARCH, "so <reflection>r</reflection><answer> Ann </answer>"), False),
     ((SEARCH, SEARCH, ANSWER), False), ((SEARCH,), False), (("hm", SEARCH, ANSWER), False),
@@ -159,14 +162,22 @@ def test_a_generator_reads_titles_and_texts_and_nothing_that_is_put_in_is_a_plac
         generator_messages(question, [], str(tmp_path / "prompt.txt"))
 
 
-def test_a_local_generator_answers_in_batch_and_drops_what_does_not_fit(tokenizer):
+def test_a_local_generator_answers_in_batch_and_drops_what_does_not_fit(tokenizer, monkeypatch):
     policy = Policy(load_decoder(ROOT / "world" / "student"), tokenizer)
-    settings = QAgentSettings(max_context_tokens=200, generator_tokens=5)
+    settings = QAgentSettings(max_context_tokens=400, generator_tokens=5)
     questions = [Question(f"q{i}", "who?", ("Ann",), "test") for i in range(3)]
-    long = [Passage(str(i), "T", "word " * 60, 1.0) for i in range(9)]
+    long = [Passage(str(i), "T", "word " * 20, 1.0) for i in range(9)]
+    shown, real = [], qagent.generate
+
+    def generate(policy, retriever, asked, *rest, **more):
+        shown.extend(q.prompt[0]["content"].count("T\n") for q in asked)
+        return real(policy, retriever, asked, *rest, **more)
+
+    monkeypatch.setattr(qagent, "generate", generate)
     answers = qagent.local_generator(policy, settings)(questions, [[], long[:1], long])
-    assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
-    assert answers[1] != "" or answers[2] != ""
+    assert len(answers) == 3 and shown[:2] == [0, 1] and 1 <= shown[2] < 9
+    small = QAgentSettings(max_context_tokens=10, generator_tokens=5)
+    assert qagent.local_generator(policy, small)(questions[:1], [[]]) == [""]  # never the prompt itself
 
 
 class Server(BaseHTTPRequestHandler):
@@ -214,7 +225,7 @@ def test_a_remote_generator_that_keeps_failing_ends_with_its_address(server, mon
     monkeypatch.setattr(qagent.time, "sleep", lambda seconds: None)
     Server.failures = 99
     settings = QAgentSettings(generator=server, generator_tries=2)
-    with pytest.raises(RuntimeError, match="--generator http://127.*503.* 2 times"):
+    with pytest.raises(ConnectionError, match="--generator http://127.*503.* 2 times"):
         qagent.load_generator(settings)([Question("q", "who?", ("Ann",), "test")], [[]])
 
 
@@ -264,3 +275,21 @@ def test_a_question_comes_in_by_the_door_and_passages_and_trace_go_out(door):
 def test_what_cannot_be_answered_is_refused_with_its_reason(door, path, body, status, message):
     got, found = post(door + path, body)
     assert got == status and message in found["error"]
+
+
+def test_a_search_whose_retriever_fails_is_an_error_and_not_an_empty_result(tokenizer, monkeypatch):
+    failed = Episode(Question("q", "who?", (), "asked"), [], "search_error")
+    monkeypatch.setattr(qagent, "generate", lambda *given, **more: [failed])
+    with pytest.raises(ConnectionError, match="the retriever failed"):
+        qagent.search("who?", Policy(None, tokenizer), None, QAgentSettings())
+
+
+def test_the_preset_of_qagent_serves_training_search_and_evaluation():
+    presets = ["--config", str(ROOT / "configs" / "paper.toml"), str(ROOT / "configs" / "qagent.toml")]
+    trained = config.load(train.TrainSettings, presets, prog="train.py", description="")
+    assert (trained.phase, trained.group_size, trained.kl_in) == ("qagent", 5, "loss")
+    for cls, prog, shared in ((qagent.SearchSettings, "qagent.py search", qagent.SHARED),
+                              (evaluation.EvalSettings, "eval.py", evaluation.SHARED)):  # fmt: skip
+        found = config.load(cls, presets, prog=prog, description="", shared=shared)
+        assert (found.protocol, found.prompt, found.max_turns, found.top_k) == ("qagent", "qagent", 5, 1)
+        assert found.max_new_tokens == 512 and found.temperature == 0
