@@ -25,6 +25,7 @@ Departures from analogues: L1 counts the whole response, here thinking alone; L1
 Legend: l tokens thought, b budget.
 """
 
+import itertools
 import json
 import math
 import re
@@ -38,7 +39,7 @@ import numpy as np
 
 import trails
 from config import setting
-from data import Question, check_budget, is_correct, parse_question, read_rows
+from data import Question, is_correct, parse_question, read_rows
 from episode import Episode, Segment, num_thinking_tokens, prompt_segment, save_episodes, thinking
 from model import Tokenizer
 from retriever import Retriever
@@ -131,8 +132,6 @@ def check_settings(settings: BardSettings) -> None:
     """Of the phases of BARD."""
     if not settings.budgets:
         raise ValueError("--budgets: got none, expected the budgets to train for, --budgets 128 256 512 for example")
-    for budget in settings.budgets:
-        check_budget(budget, settings.max_context_tokens)
     for name, low, high in (("budget_use", 0, 1), ("min_fill", 0, 1), ("versions_per_question", 2, math.inf),
                             ("compress_tries", 1, math.inf), ("budget_tolerance", 0, math.inf)):  # fmt: skip
         value = getattr(settings, name)
@@ -200,7 +199,6 @@ def compress(
     compressor: a model that is prompted; None: trails.compress. checker: a model that must find the answer when it
     reads the chain, by greedy decoding; None: the chain must contain it.
     """
-    counts: Counter[str] = Counter()  # of versions
     wanted: list[tuple[int, Question, str]] = []  # (chain's number, question with its budget, natural chain)
     for i, (question, chain) in enumerate(chains):
         rng = np.random.default_rng((seed, i, 5))
@@ -211,38 +209,39 @@ def compress(
     left = list(range(len(wanted)))
     for attempt in range(1 if compressor is None else settings.compress_tries):
         proposed = propose([wanted[k] for k in left], student, compressor, settings, seed=seed + attempt)
-        kept: list[tuple[int, str]] = []
-        for reason in ("no chain", "too long", "too short"):  # of the last attempt
-            counts[reason] = 0
+        kept, refused = [], Counter[str]()
         for k, chain in zip(left, proposed, strict=True):
-            _, question, natural = wanted[k]
-            length = num_chain_tokens(student, chain) if chain else 0
-            if not chain:
-                counts["no chain"] += 1
-            elif length > question.budget:
-                counts["too long"] += 1
-            elif length < settings.min_fill * question.budget and chain != natural:
-                counts["too short"] += 1
+            if reason := refusal(chain, wanted[k][2], wanted[k][1].budget, student, settings.min_fill):
+                refused[reason] += 1
             else:
                 kept.append((k, chain))
         right = check_answers([(wanted[k][1], chain) for k, chain in kept], checker, settings)
-        counts["answer lost"] = len(right) - sum(right)
+        refused["answer lost"] = len(right) - sum(right)
         accepted |= {k: chain for (k, chain), is_right in zip(kept, right, strict=True) if is_right}
         left = [k for k in left if k not in accepted]
-    per_question: dict[int, list[int]] = {}
-    for k in sorted(accepted):
-        per_question.setdefault(wanted[k][0], []).append(k)
-    asked = Counter(i for i, _, _ in wanted)
+    counts = refused  # of the last attempt
     episodes = []
-    for i, places in per_question.items():
+    for _, group in itertools.groupby(range(len(wanted)), key=lambda k: wanted[k][0]):  # a question's budgets
+        places = list(group)
+        versions = [k for k in places if k in accepted]
         # Budget, not difficulty, must explain the length: no question stands at its easy budgets alone.
-        if len(places) < max(2, asked[i] / 2) or len({accepted[k] for k in places}) < 2:
-            counts["question with too few versions"] += len(places)
+        if len(versions) < max(2, len(places) / 2) or len({accepted[k] for k in versions}) < 2:
+            counts["question with too few versions"] += len(versions)
             continue
-        for k in places:
+        for k in versions:
             counts["kept as it was" if accepted[k] == wanted[k][2] else "compressed"] += 1
             episodes.append(version(student, wanted[k][1], accepted[k], settings))
     return episodes, dict(counts)
+
+
+def refusal(chain: str | None, natural: str, budget: int, student: Tokenizer, min_fill: float) -> str:
+    """Why a version of a natural chain is not taken; empty: its length is as it should be."""
+    length = num_chain_tokens(student, chain) if chain else 0
+    if not chain:
+        return "no chain"
+    if length > budget:
+        return "too long"
+    return "too short" if length < min_fill * budget and chain != natural else ""
 
 
 def propose(
@@ -385,13 +384,3 @@ def save_measures(result: dict[str, Any], out: Path) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result["rows"])
     summary = {key: value for key, value in result.items() if key != "rows"}
     (out / "budgets.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def budget_table(result: dict[str, Any]) -> str:
-    """One line for each budget."""
-    keys = ("formed", "adherence", "overshoot", "relative_error", "use", "length", "accuracy", "accuracy_free")
-    lines = [" ".join(["budget".rjust(8), *(key.rjust(14) for key in keys)])]
-    for budget, values in result["budgets"].items():
-        lines.append(" ".join([str(budget).rjust(8), *(f"{values[key]:.3f}".rjust(14) for key in keys)]))
-    return "\n".join([*lines, f"Spearman of length and budget within a question {result['spearman']:.3f}; area under "
-                               f"accuracy over log budget {result['area']:.3f}"])

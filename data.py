@@ -164,9 +164,9 @@ def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Que
     check(isinstance(kind, str) and kind in ANSWER_KINDS, "answer_kind", kind, f"one of {', '.join(ANSWER_KINDS)}")
     metadata = row.get("metadata") or {}
     check(isinstance(metadata, dict), "metadata", metadata, "an object")
-    readable = {"integer": _numbers, "choice": _letter, "text": bool}[kind]
-    check(all(readable(answer) for answer in answers) or kind == "text", "golden_answers", answers,
-          f"answers of kind {kind}")
+    if kind != "text":
+        readable = {"integer": _numbers, "choice": _letter}[kind]
+        check(all(map(readable, answers)), "golden_answers", answers, f"answers of kind {kind}")
     id = id if row.get("id") is None else str(row["id"])
     id = id if id.startswith(f"{source}_") else f"{source}_{id}"
     return Question(id, text, tuple(answers), source, prompt, metadata, context, kind)

@@ -252,6 +252,15 @@ def by_name(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return groups
 
 
+def budget_table(result: dict[str, Any]) -> str:
+    """One line for each budget of bard.measure."""
+    keys = ("formed", "adherence", "overshoot", "relative_error", "use", "length", "accuracy", "accuracy_free")
+    lines = [["budget", *keys]]
+    lines += [[str(budget), *(f"{values[key]:.3f}" for key in keys)] for budget, values in result["budgets"].items()]
+    return align(lines) + (f"\nSpearman of length and budget within a question {result['spearman']:.3f}; area under "
+                           f"accuracy over log budget {result['area']:.3f}")
+
+
 def details(result: dict[str, Any]) -> str:
     """Every measure of one result; the statuses as shares of the episodes."""
     lines = [["", "n", *MEASURES]]
@@ -372,7 +381,7 @@ def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
         result |= bard.measure(policy, questions, settings, settings.budgets, seed=settings.seed, retriever=retriever,
                                progress=True)
         bard.save_measures(result, out)
-        print(f"{bard.budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
+        print(f"{budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
         return
     episodes: list[Episode] = []
     result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,

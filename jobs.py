@@ -15,6 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights import write_aside
+
 ROOT = Path(__file__).resolve().parent
 CORES = 2
 
@@ -109,6 +111,4 @@ def result(out: Path) -> dict:
 
 def write_json(path: Path, found: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n")
-    partial.replace(path)
+    write_aside(path, lambda partial: partial.write_text(json.dumps(found) + "\n"))

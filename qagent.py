@@ -311,8 +311,8 @@ def main(argv: list[str]) -> None:
                            default_config=Path(__file__).parent / "configs" / "world.toml",
                            shared=SHARED)
     if not (settings.corpus and settings.encoder):
-        raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give --corpus "
-                         "and --encoder")
+        raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
+                         "--corpus and --encoder")
     generator = load_generator(settings) if command == "answer" else None
     policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
     retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)

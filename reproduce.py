@@ -27,11 +27,10 @@ import numpy as np
 import config
 import eval as evaluation
 import train
-from jobs import CORES, Job, eval_job, result, run_jobs, seconds, torchrun, train_job, write_json
+from jobs import CORES, ROOT, Job, eval_job, result, run_jobs, seconds, torchrun, train_job, write_json
 from model import load_decoder
 from plots import plot_curves, plot_sizes
 
-ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 DEMO_QUESTIONS = 200  # of each test set; experiment main takes all
 

@@ -10,8 +10,8 @@ What it was built to contain (none of it is evidence about real reasoning):
 
 1. Following a trail one road at a time needs one look at the list for each road. Trails have 2 to 32 roads, so that
    natural chains are 30 to 390 tokens long: a factor of 13.
-2. The same chain can be told in fewer words down to a name for each road at no loss. Below that, places are left out,
-   and the model must follow several roads in its head: a tighter budget costs accuracy, a wider one does not.
+2. The same chain can be told in fewer words, down to a name for each road. Below that, places are left out, and the
+   model must follow several roads in its head.
 3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
 4. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
 """

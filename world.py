@@ -567,7 +567,7 @@ def ready_to_look_up(decoder: Decoder, seed: int) -> Decoder:
 
     The first head of the first layer looks one token back and notes a code of what it sees in channels of its own;
     the first head of the second layer looks for the note that matches its own token, and copies what it finds. From
-    plain noise, and from ready_to_copy, 900 to 1,200 steps did not find this (docs/log.md).
+    ready_to_copy, 1,200 steps did not find this (docs/log.md).
     """
     config, generator = decoder.config, torch.Generator().manual_seed(seed)
     width, size, half = config.hidden_size, config.head_dim, config.head_dim // 2

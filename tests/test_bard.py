@@ -379,7 +379,7 @@ def test_measures_are_what_their_names_say():
     assert ten["relative_error"] == pytest.approx(0.2) and twenty["relative_error"] == pytest.approx(0.375)
     assert ten["use"] == pytest.approx(1.2) and found["spearman"] == pytest.approx(1)
     assert found["area"] == pytest.approx(0.75)  # from 0.5 to 1 on a straight line
-    assert bard.budget_table(found).splitlines()[1].split()[:3] == ["10", "1.000", "0.500"]
+    assert evaluation.budget_table(found).splitlines()[2].split()[:3] == ["10", "1.000", "0.500"]
 
 
 @pytest.mark.parametrize("flags", [["--budget", "16"], ["--hard-stop"], ["--episodes"]])
