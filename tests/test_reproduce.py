@@ -84,52 +84,52 @@ def test_a_report_without_records_says_how_to_make_them(tmp_path):
 
 
 def tuned(records: Path, *scores: float) -> None:
-    """Records of tuning runs at the preset's rate, twice that, and half or four times of it."""
-    third = 4.0 if scores[1] > scores[0] else 0.5
+    """Records of tuning runs at the preset's rate and at twice that."""
     for name in ROWS:
-        for k, (times, score) in enumerate(zip((1.0, 2.0, third), scores, strict=False)):
+        for k, (times, score) in enumerate(zip(reproduce.RATES, scores, strict=True)):
             found = {"row": name, "run": k, "times": times, "score": score}
             jobs.write_json(reproduce.tuning_record(records, name, k), found)
 
 
 def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
-    tuned(tmp_path / "records", 0.1, 0.3, 0.2)
-    phases = {}
-    for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0]):
+    tuned(tmp_path / "records", 0.1, 0.3)
+    phases, linked = {}, {}
+    for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0, 1]):
         program, *flags = job.flags()
         if program == "train.py":
             phases[job.name] = config.load(train.TrainSettings, flags, prog="train.py", description="",
                                            default_config=None)  # fmt: skip
+        elif program == "-c":
+            linked[job.name] = flags[1:]
     assert {name.split()[0] for name in phases} == {*ROWS, "episodes", "tune"}
     for name, row in ROWS.items():
-        settings = phases[f"{name} 0"]
+        settings, preset = phases[f"{name} 1"], reproduce.row_settings(name)
         plain = row.begins or "student"
-        assert Path(settings.student).name == (f"{row.begins}-0" if row.begins in ROWS else plain)
-        assert settings.run_dir.endswith(f"{name}-0") and settings.seed == 0
-        rates = ("kd_lr", "actor_lr")
-        preset, chosen, tuning = reproduce.row_settings(name), settings, phases[f"tune {name} 2"]
+        assert Path(settings.student).name == (f"{row.begins}-1" if row.begins in ROWS else plain)
+        assert settings.run_dir.endswith(f"{name}-1") and settings.seed == 1
         at = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
-        for rate in rates:
-            assert getattr(chosen, rate) == pytest.approx(getattr(preset, rate) * (2.0 if rate == at else 1))
-            assert getattr(tuning, rate) == pytest.approx(getattr(preset, rate) * (4.0 if rate == at else 1))
-        assert (tuning.seed, tuning.phase) == (reproduce.TUNING_SEED, settings.phase)
-        assert reproduce.TUNING_SEED not in SEEDS  # chosen on other episodes and other noise
-        assert (tuning.steps, tuning.epochs) == (preset.steps, preset.epochs)
-        assert Path(tuning.student).name == (f"tune-{row.begins}-1" if row.begins in ROWS else plain)
-    assert {phases[f"{name} 0"].phase for name in ROWS} == {
+        for rate in ("kd_lr", "actor_lr"):
+            assert getattr(settings, rate) == pytest.approx(getattr(preset, rate) * (2.0 if rate == at else 1))
+        if row.rate_of:  # chosen for another row: the first seed is a run like the others
+            assert f"tune {name} 0" not in phases and phases[f"{name} 0"].run_dir.endswith(f"{name}-0")
+            continue
+        assert linked[f"{name} 0"] == [f"tune-{name}-1", str(tmp_path / "runs" / f"{name}-0")]  # the better run
+        for k, times in enumerate(reproduce.RATES):
+            tuning = phases[f"tune {name} {k}"]
+            assert getattr(tuning, at) == pytest.approx(getattr(preset, at) * times)
+            assert (tuning.seed, tuning.phase, tuning.steps, tuning.epochs, tuning.eval_every) == (
+                0, settings.phase, settings.steps, settings.epochs, settings.eval_every)
+            assert Path(tuning.student).name == (f"{row.begins}-0" if row.begins in ROWS else plain)
+    assert {phases[f"{name} 1"].phase for name in ROWS} == {
         phase for phase in train.PHASES if phase not in ("episodes", "qagent") and not phase.startswith("bard")}
-    assert phases["uniform-kl 0"].kl_where == "all" and phases["without-teacher 0"].kl_where == "none"
-    assert phases["dgpo-grpo 0"].advantage == "group" and phases["dgpo-grpo 0"].phase == "dgpo"
+    assert phases["uniform-kl 1"].kl_where == "all" and phases["without-teacher 1"].kl_where == "none"
+    assert phases["dgpo-grpo 1"].advantage == "group" and phases["dgpo-grpo 1"].phase == "dgpo"
 
 
-def test_the_third_rate_lies_beyond_the_better_of_two_and_the_best_is_chosen(tmp_path):
-    tuned(tmp_path, 0.2, 0.1)
-    assert [reproduce.next_rate(tmp_path, "kd", k) for k in range(3)] == [1.0, 2.0, 0.5]
+def test_the_better_rate_is_chosen_and_of_equals_the_presets(tmp_path):
     tuned(tmp_path, 0.1, 0.2)
-    assert reproduce.next_rate(tmp_path, "kd", 2) == 4.0
-    tuned(tmp_path, 0.1, 0.2, 0.3)
-    assert reproduce.best_run(tmp_path, "kd")["times"] == 4.0
-    tuned(tmp_path, 0.01, 0.01, 0.01)
+    assert reproduce.best_run(tmp_path, "kd")["times"] == 2.0
+    tuned(tmp_path, 0.01, 0.01)
     assert reproduce.best_run(tmp_path, "kd")["times"] == 1.0
 
 
@@ -146,7 +146,7 @@ def test_a_tuning_run_is_kept_with_its_average_on_development_questions(tmp_path
 
 
 def test_another_pair_takes_over_the_rates_and_its_own_models(tmp_path):
-    tuned(tmp_path / "records", 0.1, 0.3, 0.2)
+    tuned(tmp_path / "records", 0.1, 0.3)
     jobs = row_jobs(tmp_path / "runs", tmp_path / "records" / "llama", reproduce.PAIR_ROWS, [0], tmp_path / "models",
                     tuned=tmp_path / "records")
     assert not [job.name for job in jobs if job.name.startswith("tune")]
