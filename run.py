@@ -208,6 +208,9 @@ class Run:
         before = {number: signal.signal(number, ask) for number in SIGNALS}
         try:
             yield
+        except Exception:
+            del before[signal.SIGTERM]  # a launcher sends it when another process has died: say first what was seen
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from episode import collate, load_episodes, pack
 from model import Critic, Tokenizer, load_decoder
 from parallel import end_processes, full, in_step, shard, start_processes, sum_over_processes, update
 from rollout import Policy
+from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 GRADIENT_TOLERANCE = 1e-5  # of the largest entry; fp32 sums in another order
@@ -146,10 +148,21 @@ def test_a_dead_or_stuck_process_ends_the_job_with_a_message(mini, tmp_path, num
         os.kill(victim, number)
         output, _ = job.communicate(timeout=MAX_END_S)
         assert job.returncode not in (0, None)
-        assert "another process ended, or did not answer" in output and "--resume" in output
+        assert "another process ended, or did not answer" in output and "--resume" in output, output
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_a_launchers_signal_does_not_end_a_process_that_is_about_to_say_what_went_wrong(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError), Run.signals(SimpleNamespace(signal=0)):
+            raise RuntimeError
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's, at the next line
+        assert "SIGTERM" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_groups_are_left_alone_by_one_process():
