@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ SEEDS = (0, 1, 2)
 TRAILS = ROOT / "runs" / "trails"
 TRAINED, HELD_OUT = (16, 32, 64, 128, 256), (24, 48, 96, 192)  # of configs/bard.toml; the others are interpolated
 MEASURED = tuple(sorted(TRAINED + HELD_OUT))
-NUM_QUESTIONS = 300  # of the 500 test questions
+NUM_QUESTIONS = 300  # of the 500 test questions; 100 at every one of the trained budgets
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,27 @@ def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[in
                 command += ["--budget-text", "", "--budgets", "--eval-every", "0"]
             needs = (f"data {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
             jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
-            jobs.append(measure_job(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json"))
+            jobs += measure_jobs(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json")
     return jobs
 
 
-def measure_job(name: str, seed: int, model: Path, out: Path, record: Path) -> Job:
-    command = ["eval.py", *PRESETS, "--model", str(model), "--name", ROWS[name].label, "--out", str(out), "--questions",
-               str(TRAILS / "test.jsonl"), "--limit", str(NUM_QUESTIONS), "--budgets", ",".join(map(str, MEASURED))]
-    if not ROWS[name].told:
-        command += ["--budget-text", ""]
-    return Job(f"measure {name} {seed}", lambda: command, record, (f"{name} {seed}",),
-               after=lambda: write_record(name, seed, model, out, record))
+def measure_jobs(name: str, seed: int, model: Path, out: Path, record: Path) -> list[Job]:
+    """Nine budgets with many questions; for BARD all that it was trained on, with fewer."""
+    def command(out: Path, limit: int, budgets: Sequence[int]) -> list[str]:
+        told = [] if ROWS[name].told else ["--budget-text", ""]
+        return ["eval.py", *PRESETS, "--model", str(model), "--name", ROWS[name].label, "--out", str(out),
+                "--questions", str(TRAILS / "test.jsonl"), "--limit", str(limit), "--budgets",
+                ",".join(map(str, budgets)), *told]  # fmt: skip
+
+    jobs, needs = [], (f"{name} {seed}",)
+    if name == "bard":
+        trained = tomllib.loads((ROOT / "configs" / "bard.toml").read_text())["budgets"]
+        every = out.with_name(f"{out.name}-every")
+        jobs.append(Job(f"every budget {seed}", lambda: command(every, 100, trained), every / "budgets.json", needs))
+        needs += (f"every budget {seed}",)
+    jobs.append(Job(f"measure {name} {seed}", lambda: command(out, NUM_QUESTIONS, MEASURED), record, needs,
+                    after=lambda: write_record(name, seed, model, out, record)))
+    return jobs
 
 
 def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> None:
@@ -98,6 +109,10 @@ def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> 
     found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in keys if m.get(key) is not None}
                       for m in metrics if any(key in m for key in keys)]
     found |= {"train": json.loads((model / "run.json").read_text()), "train_s": seconds(model)}
+    every = out.with_name(f"{out.name}-every") / "budgets.json"
+    if every.exists():
+        budgets = json.loads(every.read_text())["budgets"]
+        found["every_adherence"] = {budget: values["adherence"] for budget, values in budgets.items()}
     write_json(record, found)
 
 
@@ -138,6 +153,11 @@ def report(records: Path) -> str:
                          f"{np.mean(areas):.3f}{spread}", *(f"{value:.3f}" for value in least),
                          f"{np.mean([run['train_s'] for run in some]):.0f}", str(len(some))])
     lines += [align(rows), ""]
+    if adherence := [run["every_adherence"] for run in found.get("bard", []) if "every_adherence" in run]:
+        means = {budget: float(np.mean([run[budget] for run in adherence])) for budget in adherence[0]}
+        below = ", ".join(f"{budget} {mean:.3f}" for budget, mean in means.items() if mean < 0.95)
+        lines += [f"BARD's adherence at each of its {len(means)} trained budgets, 100 questions a seed: mean "
+                  f"{np.mean([*means.values()]):.3f}, least {min(means.values()):.3f}; below 0.95: {below or 'none'}\n"]
     lines += ["Accuracy with a hard stop: differences; ! the paired 95 % interval over questions excludes 0\n"]
     for other in ("agnostic", "sft", "rl", "additive"):
         if {run["seed"] for run in found.get("bard", [])} & {run["seed"] for run in found.get(other, [])}:

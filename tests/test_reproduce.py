@@ -246,6 +246,7 @@ def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
     assert phases["bard 1"].advantage == "group" and phases["additive 1"].budget_reward == "additive"
     assert set(phases["measure bard 1"].budgets) == set(reproduce_bard.MEASURED)
     trained = set(phases["bard 1"].budgets)
+    assert set(phases["every budget 1"].budgets) == trained
     assert trained >= set(reproduce_bard.TRAINED) and not trained & set(reproduce_bard.HELD_OUT)
     steps = {phases[f"{name} 1"].steps for name in ("rl", "bard", "additive")}
     assert len(steps) == 1  # equal compute
@@ -265,7 +266,11 @@ def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
         bard_record(tmp_path, "bard", seed, 0.8)
         bard_record(tmp_path, "agnostic", seed, 0.5)
         bard_record(tmp_path, "sft", seed, 0.8)
+        record = json.loads((tmp_path / f"bard-{seed}.json").read_text())
+        every = {"every_adherence": {"16": 0.99, "17": 0.9 + seed / 100}}
+        jobs.write_json(tmp_path / f"bard-{seed}.json", record | every)
     text = reproduce_bard.report(tmp_path)
+    assert "its 2 trained budgets, 100 questions a seed: mean 0.950, least 0.910; below 0.95: 17 0.910" in text
     assert "BARD > agnostic, truncated: 16 +0.300!" in text and "BARD > SFT only: 16 +0.000 " in text
     assert "24*" in text and "RL only" not in text
     with pytest.raises(RuntimeError, match="reproduce_bard.py run"):
