@@ -19,6 +19,8 @@ As published: an episode that never searches has the right format; nothing rewar
     python qagent.py search "who wrote ..." --model runs/qagent          passages, and how they were found
     python qagent.py answer "who wrote ..." --model runs/qagent --generator DIR     a generator's answer from them
     python qagent.py serve --model runs/qagent --port 8018               the same over HTTP, on this machine alone
+    python qagent.py measure --model runs/qagent --generators DIR DIR    exact match of generators with its passages;
+                                                                         --passages naive (top 5 once), none
 
 Legend: K passages collected.
 """
@@ -30,21 +32,24 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import config
 from config import setting
-from data import Question, exact_match, hit, normalize_answer
+from data import TEST_SETS, Question, exact_match, f1, hit, normalize_answer
 from episode import Episode, episode_text
+from eval import align, read_sets
 from model import Tokenizer, load_decoder
-from protocol import PROTOCOLS, merged, observation_ids
+from protocol import PROTOCOLS, merged, parse_action
 from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings, generate
 
@@ -55,6 +60,7 @@ GENERATOR_PROMPT = (
 PLANNED = re.compile(r"<plan>((?!</?plan>).)*</plan>\s*$", re.DOTALL)
 REFLECTED = re.compile(r"\s*<reflection>((?!</?reflection>).)*</reflection>", re.DOTALL)
 REMOTE_CALLS = 8  # of a remote generator at once
+NAIVE_PASSAGES = 5  # of the one search of naive RAG (the paper's baselines)
 MAX_BODY, MAX_QUESTION = 65_536, 4_000  # bytes of a request, characters of its question
 
 Generator = Callable[[Sequence[Question], Sequence[Sequence[Passage]]], list[str]]
@@ -65,8 +71,7 @@ class QAgentSettings(RolloutSettings):
     stage: int = setting(1, "qagent: 1: format and answer; 2: what a frozen generator makes of the passages")
     generator: str = setting("", "qagent: checkpoint that answers from passages, or http://.../v1/chat/completions")
     generator_model: str = setting("", "qagent: the model's name, for a generator behind http")
-    generator_prompt: str = setting("", "qagent: a file with {passages} and {question}; 'protocol': the generator is "
-                                    "an agent that is shown them as found; empty: our own words")
+    generator_prompt: str = setting("", "qagent: a file with {passages} and {question}; empty: our own words")
     generator_tokens: int = setting(64, "qagent: tokens of a generator's answer")
     generator_timeout_s: float = setting(60.0, "qagent: a generator behind http that takes longer is asked again")
     generator_tries: int = setting(3, "qagent: times that it is asked")
@@ -164,16 +169,15 @@ def local_generator(policy: Policy, settings: QAgentSettings) -> Generator:
         asked = [fits(q, k) for q, k in zip(questions, passages, strict=True)]
         episodes = generate(policy, None, asked, rules, seed=0)
         written = [e.segments[-1] for e in episodes]  # the prompt, where that alone fills the context
-        return [policy.tokenizer.decode(s.ids).strip() if s.author == "agent" else "" for s in written]
+        return [final_answer(policy.tokenizer.decode(s.ids)) if s.author == "agent" else "" for s in written]
 
-    def show(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
-        rules = replace(settings, protocol="search-r1", max_turns=0, temperature=0.0)
-        room = settings.max_context_tokens // 2
-        shown = [observation_ids(policy.tokenizer, k, room) for k in passages]
-        episodes = generate(policy, None, questions, rules, seed=0, shown=shown)
-        return [e.answer or "" for e in episodes]
+    return ask
 
-    return show if settings.generator_prompt == "protocol" else ask
+
+def final_answer(text: str) -> str:
+    """What a generator says at last: after its thinking, if it thinks first; within answer tags, if it writes them."""
+    action = parse_action(text := text.rpartition("</think>")[2])
+    return action.content if action.kind == "answer" else text.strip()
 
 
 def remote_generator(settings: QAgentSettings) -> Generator:
@@ -186,7 +190,7 @@ def remote_generator(settings: QAgentSettings) -> Generator:
         for attempt in range(settings.generator_tries):
             try:
                 with urllib.request.urlopen(request, timeout=settings.generator_timeout_s) as response:
-                    return json.load(response)["choices"][0]["message"]["content"].strip()
+                    return final_answer(json.load(response)["choices"][0]["message"]["content"])
             except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
             time.sleep(min(10.0, 0.5 * 2**attempt) if attempt + 1 < settings.generator_tries else 0)
@@ -203,11 +207,15 @@ def remote_generator(settings: QAgentSettings) -> Generator:
 def load_generator(settings: QAgentSettings, device: torch.device | str = "cpu") -> Generator:
     if not settings.generator:
         raise ValueError("--generator: got none, expected a checkpoint or the address of a chat-completions server")
-    if settings.generator.startswith(("http://", "https://")):
+    if is_remote(settings.generator):
         return remote_generator(settings)
     policy = Policy(load_decoder(settings.generator, device=device), Tokenizer.load(settings.generator))
     policy.decoder.requires_grad_(False)
     return local_generator(policy, settings)
+
+
+def is_remote(generator: str) -> bool:
+    return generator.startswith(("http://", "https://"))
 
 
 # ---- plug and play ----
@@ -240,11 +248,20 @@ class SearchSettings(QAgentSettings):
     encoder: str = setting("", "checkpoint of the passage encoder")
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
+    passages: str = setting("agent", "measure: whose passages; naive: of one search for the question, 5 passages",
+                            choices=("agent", "naive", "none"))
+    generators: tuple[str, ...] = setting((), "measure: several, each as --generator; empty: that one")
+    questions: tuple[str, ...] = setting(
+        tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS), "measure: question files, JSONL")
+    limit: int | None = setting(None, "measure: the first questions of each file alone")
+    name: str = setting("", "measure: its name in tables; empty: the last part of model")
+    out: str = setting("", "measure: folder to write; empty: runs/eval/<name>")
+    seed: int = setting(0, "sampling noise, at a temperature above 0")
     host: str = setting("127.0.0.1", "serve: address; 0.0.0.0 opens the door to other machines, without a password")
     port: int = setting(8018, "serve: port")
 
 
-SHARED = {field.name for field in fields(SearchSettings)} - {"temperature"}  # taken from a training preset
+SHARED = {field.name for field in fields(SearchSettings)} - {"temperature", "questions", "seed"}  # of a training preset
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -292,20 +309,95 @@ def serve(look_up: Callable[[str], Found], host: str, port: int) -> ThreadingHTT
     return ThreadingHTTPServer((host, port), type("Door", (Handler,), {"look_up": staticmethod(look_up)}))
 
 
+# ---- measures as a submodule ----
+
+
+def gather(
+    policy: Policy | None, retriever: Retriever | None, questions: Sequence[Question], settings: SearchSettings, *,
+    seed: int, progress: str = "",
+) -> tuple[list[list[Passage]], list[dict[str, float]]]:
+    """Passages for each question, and what it took to find them."""
+    if settings.passages == "none":
+        return [[] for _ in questions], [{} for _ in questions]
+    if settings.passages == "naive":
+        found = retriever.search([q.question for q in questions], NAIVE_PASSAGES)
+        return found, [{"queries": 1.0} for _ in questions]
+    episodes = generate(policy, retriever, questions, settings, seed=seed, progress=progress)
+    about = [{"queries": float(len(e.queries)), "searches": float(e.num_searches), "agent_em": e.score,
+              "agent_f1": f1(e.answer, e.question.golden_answers)} for e in episodes]  # fmt: skip
+    return [collected(e) for e in episodes], about
+
+
+def measure(
+    policy: Policy | None, retriever: Retriever | None, question_sets: dict[str, list[Question]],
+    generators: dict[str, Generator], settings: SearchSettings, *, progress: bool = False,
+) -> dict[str, Any]:
+    """{"sets": {set: means}, "average": over the sets, "rows": one for each question}. Of each generator: strict exact
+    match "em NAME", the published one "within NAME", "f1 NAME"; beside them hit, passages, queries, searches, and the
+    agent's own answers."""
+    rows = []
+    for name, questions in question_sets.items():
+        seed = settings.seed + zlib.crc32(name.encode())
+        found, about = gather(policy, retriever, questions, settings, seed=seed, progress=name if progress else "")
+        some = [{"set": name, "id": q.id, "passages": float(len(k)), "hit": float(hit(k, q.golden_answers)), **more}
+                for q, k, more in zip(questions, found, about, strict=True)]  # fmt: skip
+        for label, generator in generators.items():
+            for row, question, answer in zip(some, questions, generator(questions, found), strict=True):
+                golds = question.golden_answers
+                row |= {f"answer {label}": answer, f"em {label}": exact_match(answer, golds),
+                        f"within {label}": within(answer, golds), f"f1 {label}": f1(answer, golds)}
+        rows += some
+    sets = {}
+    for name in question_sets:
+        some = [row for row in rows if row["set"] == name]
+        sets[name] = {key: float(np.mean([row[key] for row in some])) for key in some[0]
+                      if isinstance(some[0][key], float)}
+    average = {key: float(np.mean([means[key] for means in sets.values()])) for key in next(iter(sets.values()))}
+    return {"sets": sets, "average": average, "rows": rows}
+
+
+def measure_table(result: dict[str, Any]) -> str:
+    """A line for each measure, a column for each set."""
+    columns = {**result["sets"], "average": result["average"]}
+    lines = [[result["name"], *columns]]
+    lines += [[key, *(f"{means[key]:.3f}" for means in columns.values())] for key in result["average"]]
+    return align(lines)
+
+
+def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retriever | None) -> None:
+    """Measure, write DIR/submodule.json and .jsonl, print."""
+    name = settings.name or (Path(settings.model).name if settings.passages == "agent" else settings.passages)
+    labels = [g if is_remote(g) else Path(g).name for g in settings.generators or (settings.generator,)]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--generators: got {labels}, expected names that differ")
+    generators = {label: load_generator(replace(settings, generator=given))
+                  for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
+    sets = read_sets(settings.questions, settings.limit)
+    result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
+    out = Path(settings.out or f"runs/eval/{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = result.pop("rows")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "submodule.jsonl").write_text(text, encoding="utf-8")
+    about = json.dumps(result | {"settings": asdict(settings)}, indent=1, ensure_ascii=False)
+    (out / "submodule.json").write_text(about + "\n", encoding="utf-8")
+    print(f"{measure_table(result)}\n\nwrote {out}/submodule.json, .jsonl")
+
+
 # ---- the program ----
 
 
 def main(argv: list[str]) -> None:
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command not in ("search", "answer", "serve"):
+    if command not in ("search", "answer", "serve", "measure"):
         is_help = command in ("", "-h", "--help")
-        sys.exit(__doc__ if is_help else f"qagent.py: got {command!r}, expected search, answer or serve")
+        sys.exit(__doc__ if is_help else f"qagent.py: got {command!r}, expected search, answer, serve or measure")
     words = []
     while rest and not rest[0].startswith("--"):
         words.append(rest.pop(0))
-    if (command == "serve") == bool(words):
+    if (command in ("serve", "measure")) == bool(words):
         sys.exit(f"qagent.py {command}: got {' '.join(words)!r}, expected "
-                 + ("no question" if command == "serve" else 'a question: "who wrote ..."'))
+                 + ('a question: "who wrote ..."' if command in ("search", "answer") else "no question"))
     settings = config.load(SearchSettings, rest, prog=f"qagent.py {command}",
                            description="A plug-and-play search agent.",
                            default_config=Path(__file__).parent / "configs" / "world.toml",
@@ -314,8 +406,13 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
                          "--corpus and --encoder")
     generator = load_generator(settings) if command == "answer" else None
-    policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
-    retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+    policy = retriever = None
+    if command != "measure" or settings.passages == "agent":
+        policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
+    if command != "measure" or settings.passages != "none":
+        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+    if command == "measure":
+        return run_measure(settings, policy, retriever)
 
     def look_up(question: str) -> Found:
         return search(question, policy, retriever, settings)

@@ -180,6 +180,11 @@ def test_a_local_generator_answers_in_batch_and_drops_what_does_not_fit(tokenize
     assert qagent.local_generator(policy, small)(questions[:1], [[]]) == [""]  # never the prompt itself
 
 
+def test_what_a_generator_thinks_is_no_part_of_its_answer():
+    assert qagent.final_answer("<think> Bob? no </think>\nAnn\n") == "Ann" == qagent.final_answer(" Ann ")
+    assert qagent.final_answer("<think> Bob </think>\n<answer> Ann </answer>") == "Ann"
+
+
 class Server(BaseHTTPRequestHandler):
     failures = 0
     asked: list = []
@@ -189,7 +194,7 @@ class Server(BaseHTTPRequestHandler):
         type(self).asked.append(row)
         ok = type(self).failures <= 0
         type(self).failures -= 1
-        choice = {"message": {"content": " Ann \n"}}
+        choice = {"message": {"content": "<think> Bob? </think> Ann \n"}}
         body = json.dumps({"choices": [choice]} if ok else {"error": "busy"}).encode()
         self.send_response(200 if ok else 503)
         self.send_header("Content-Length", str(len(body)))
@@ -282,6 +287,55 @@ def test_a_search_whose_retriever_fails_is_an_error_and_not_an_empty_result(toke
     monkeypatch.setattr(qagent, "generate", lambda *given, **more: [failed])
     with pytest.raises(ConnectionError, match="the retriever failed"):
         qagent.search("who?", Policy(None, tokenizer), None, QAgentSettings())
+
+
+# ---- measures as a submodule ----
+
+
+class Shelf:
+    def search(self, queries, top_k):
+        return [[Passage(str(i), "T", f"{query} {i}", 1.0) for i in range(top_k)] for query in queries]
+
+
+def test_naive_passages_are_one_search_and_generators_are_scored_side_by_side():
+    sets = {"nq": [Question("a", "who?", ("who? 4",), "nq"), Question("b", "when?", ("1900",), "nq")],
+            "popqa": [Question("a", "where?", ("where? 0",), "popqa")]}
+    readers = {"last": lambda questions, found: [k[-1].text if k else "" for k in found],
+               "all": lambda questions, found: [" ".join(p.text for p in k) for k in found]}
+    result = qagent.measure(None, Shelf(), sets, readers, qagent.SearchSettings(passages="naive"))
+    nq, average = result["sets"]["nq"], result["average"]
+    assert (nq["em last"], nq["within last"], nq["em all"], nq["within all"]) == (0.5, 0.5, 0.0, 0.5)
+    assert (nq["hit"], nq["passages"], nq["queries"], result["sets"]["popqa"]["em last"]) == (0.5, 5.0, 1.0, 0.0)
+    assert average["within all"] == 0.75 and len(result["rows"]) == 3  # the mean over sets, not over questions
+    nothing = qagent.measure(None, None, sets, readers, qagent.SearchSettings(passages="none"))
+    assert nothing["average"]["passages"] == nothing["average"]["hit"] == nothing["average"]["em last"] == 0.0
+    assert "em last" in qagent.measure_table({"name": "naive"} | result)
+
+
+def test_an_agents_passages_are_measured_with_its_own_answers(tokenizer, monkeypatch):
+    episode = played(tokenizer, SEARCH, ANSWER, passages=("by Ann", "by Bob"))
+    episode.queries = ["q", "r"]
+    monkeypatch.setattr(qagent, "generate", lambda policy, retriever, questions, *given, **more: [episode])
+    sets = {"test": [episode.question]}
+    generators = {"first": lambda questions, found: [found[0][0].text.removeprefix("by ")]}
+    found = qagent.measure(None, None, sets, generators, qagent.SearchSettings())["average"]
+    assert (found["em first"], found["hit"], found["passages"], found["queries"]) == (1.0, 1.0, 2.0, 2.0)
+    assert (found["agent_em"], found["agent_f1"], found["searches"]) == (1.0, 1.0, 1.0)
+
+
+def test_measure_writes_what_it_prints(tmp_path, capsys):
+    student, teacher = (str(ROOT / "world" / name) for name in ("student", "teacher"))
+    given = ["measure", "--passages", "none", "--limit", "1", "--generator-tokens", "4", "--out", str(tmp_path),
+             "--questions", str(ROOT / "world" / "questions" / "nq.jsonl")]  # fmt: skip
+    qagent.main([*given, "--generators", student, teacher])
+    found = json.loads((tmp_path / "submodule.json").read_text())
+    assert {"em student", "em teacher", "within teacher"} <= set(found["average"]) and found["name"] == "none"
+    assert len((tmp_path / "submodule.jsonl").read_text().splitlines()) == 1
+    assert "em teacher" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="names that differ"):
+        qagent.main([*given, "--generators", student, student])
+    with pytest.raises(ValueError, match="--generator: got none"):
+        qagent.main(given)
 
 
 def test_the_preset_of_qagent_serves_training_search_and_evaluation():
