@@ -69,7 +69,7 @@ from encyclopaedia import (
 )
 from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from protocol import QAGENT, SEARCH_R1, Protocol, merged
-from retriever import Retriever
+from retriever import Passage, Retriever
 
 ROOT = Path(__file__).resolve().parent
 WORLD, SCRATCH, TRAILS = ROOT / "world", ROOT / "runs" / "world", ROOT / "runs" / "trails"
@@ -155,6 +155,11 @@ def query(wording: str, name: str, kind: str, relation: str, question: str, rng:
     return (question or ask(Entity(name, kind, ""), relation, "nq", rng, f"the {kind}{of} {name}")).rstrip("?")
 
 
+def quote(passage: Passage) -> str:
+    """As QAgent's protocol and its generators show it."""
+    return f"{passage.title}\n{passage.text}"
+
+
 # ---- the scripted expert
 
 Request = tuple[str, tuple[str, ...]]  # (agent text, queries)
@@ -162,10 +167,11 @@ Request = tuple[str, tuple[str, ...]]  # (agent text, queries)
 
 def expert(
     row: dict[str, Any], entities: dict[str, Entity], rng: random.Random, protocol: Protocol = SEARCH_R1
-) -> Generator[Request, list[Entity], tuple[str, str]]:
-    """Works on one question: yields requests, is sent the passages' entities, returns (last text, answer).
+) -> Generator[Request, list[Passage], tuple[str, str]]:
+    """Works on one question: yields requests, is sent the passages, returns (last text, answer).
 
-    Of protocol qagent it asks one, two or three wordings of a query at once, and plans anew before each search.
+    Of protocol qagent it asks one, two or three wordings of a query at once, plans anew before each search, and
+    repeats the passage that it trusts before it notes what that says: small models pick among passages in this way.
     """
     meta, hops = row["metadata"], row["metadata"]["hops"]
     comparison = meta["type"] == "comparison"
@@ -189,7 +195,8 @@ def expert(
             if protocol is QAGENT:
                 queries = "".join(f"\n<query> {words} </query>" for words in asked)
                 text = f"{said}<plan> {plan} </plan>\n<search>{queries}\n</search>"
-            shown = yield text, tuple(asked)
+            passages = yield text, tuple(asked)
+            shown = [entities[passage.title] for passage in passages]
             searches += 1
             found = next((e for e in shown if e.name == name and e.kind == kind), None)
             if found is None:
@@ -209,7 +216,7 @@ def expert(
         same = same or [r for r in found.facts if value_kind(found.kind, r) == want] or list(found.facts)
         values.append(found.facts[same[0]])
         think = note(relation, kind, name, values[-1])
-        said = f"<reflection> {think} </reflection>\n"
+        said = f"<reflection> {next(quote(p) for p in passages if p.title == found.title)}\n{think} </reflection>\n"
         if hop + 1 < len(hops):
             name = entities[hops[hop + 1][0]].name if comparison else values[-1]
             left = "year" if comparison else " of ".join(reversed(relations[hop + 1 :]))
@@ -252,7 +259,7 @@ def demonstrate(
                     {"author": "environment", "text": protocol.observation(passages)},
                 ]
                 try:
-                    still.append((work, episode, work.send([entities[p.title] for p in passages])))
+                    still.append((work, episode, work.send(passages)))
                 except StopIteration as done:
                     text, episode["answer"] = done.value
                     episode["segments"].append({"author": "agent", "text": text})
