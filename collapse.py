@@ -15,14 +15,14 @@ NUM_DEVIATIONS = 4  # a fall must exceed what chance does to a mean over so many
 TIMES = 3.0  # a change worth naming
 
 
-def signs_of_collapse(rows: Sequence[dict[str, float]], num_questions: int) -> str:
+def signs_of_collapse(rows: Sequence[dict[str, float]], num_questions: int, key: str = "rollout/score") -> str:
     """What has gone wrong in the last steps, and what to turn; empty: nothing.
 
-    rows: the metrics of all steps so far, oldest first; num_questions of each step.
+    rows: the metrics of all steps so far, oldest first; num_questions of each step; key: of the score.
     """
     if len(rows) < 2 * WINDOW:
         return ""
-    score, invalid = averages(rows, "rollout/score"), averages(rows, "rollout/max_tokens", "rollout/invalid")
+    score, invalid = averages(rows, key), averages(rows, "rollout/max_tokens", "rollout/invalid")
     best = max(range(len(score)), key=lambda i: score[i])
     chance = math.sqrt(2 * max(score[best] * (1 - score[best]), 0.0) / (WINDOW * num_questions))
     seen = []

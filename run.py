@@ -150,7 +150,7 @@ class Run:
         """metrics.jsonl: what depends on the computation alone; perf.jsonl: times and memory."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
-        self.steps_done, self.score = step, metrics.get("eval/score")
+        self.steps_done, self.score = step, metrics.get("eval/reward", metrics.get("eval/score"))
         # JSON has no NaN: what is not finite is null, in the file and so, after a resume, in the history
         finite = {key: value if abs(value) < float("inf") else None for key, value in metrics.items()}
         self.history.append(finite)

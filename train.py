@@ -368,8 +368,11 @@ def reinforce(
     first = run.start(settings.steps, settings.minibatch_size, networks,
                       {f"{name}_adam": adam for name, adam in adams.items()})
 
+    # An agent that finds passages for a generator need not answer itself.
+    watched = "rollout/reward" if settings.phase == "qagent" and settings.stage == 2 else "rollout/score"
+
     def check_collapse() -> None:  # questions, not episodes: those of a group succeed and fail together
-        if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes // group_size)):
+        if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes // group_size, watched)):
             run.give_up(actor, signs)
 
     check_collapse()  # of the steps that a resumed run has done
@@ -655,6 +658,8 @@ def train(run: Run) -> None:
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
         check_same_tokens(student.tokenizer, teacher.tokenizer)
 
+    score = make_score(student.tokenizer, settings, device)
+
     def validate(step: int, num_steps: int) -> dict[str, float]:
         """Sampled score on the questions set apart: greedy looks fine long before sampling does."""
         if not (settings.eval_every and (step % settings.eval_every == 0 or step == num_steps)):
@@ -664,9 +669,11 @@ def train(run: Run) -> None:
             asked = draw_budgets(val_questions, settings.budgets, 0)[at:end]
             episodes = generate(student, retriever, asked, settings, seed=settings.seed + 1, first_episode=at)
         kept = [num_thinking_tokens(e, student.tokenizer) <= e.question.budget for e in episodes if settings.budgets]
-        score, adhered, n = sum_over_processes(*map(torch.tensor, (
-            sum(e.score for e in episodes), sum(kept), len(episodes))))
-        result = {"eval/score": score / max(1, n)}
+        reward = sum(score(episodes)) if settings.phase == "qagent" else 0.0
+        correct, adhered, reward, n = sum_over_processes(*map(torch.tensor, (
+            sum(e.score for e in episodes), sum(kept), reward, len(episodes))))
+        result = {"eval/score": correct / max(1, n)}
+        result |= {"eval/reward": reward / max(1, n)} if settings.phase == "qagent" else {}
         return result | ({"eval/adherence": adhered / max(1, n)} if settings.budgets else {})
 
     if settings.phase in DISTIL:
@@ -699,7 +706,6 @@ def train(run: Run) -> None:
                 shard(critic)
         if settings.shard == "all" and guide:
             shard(guide.decoder)
-        score = make_score(student.tokenizer, settings, device)
         reinforce(run, student, critic, guide, retriever, questions, validate, score)
 
 

@@ -44,6 +44,13 @@ def test_a_score_that_halves_is_a_collapse_and_a_single_bad_step_is_not():
     assert "the score fell from 0.540 (steps 21 to 25) to 0.150" in signs
 
 
+def test_a_reward_that_stands_is_no_collapse_where_it_and_not_the_score_is_watched():
+    rows = [given | {"rollout/reward": 0.9} for given in [*RISING, *[row(0.1)] * WINDOW]]
+    assert signs_of_collapse(rows, EPISODES) and signs_of_collapse(rows, EPISODES, "rollout/reward") == ""
+    fallen = [given | {"rollout/reward": 0.2} for given in [row(0.9)] * WINDOW]
+    assert "fell from 0.900" in signs_of_collapse([*rows, *fallen], EPISODES, "rollout/reward")
+
+
 def test_episodes_without_an_action_are_a_collapse_before_the_score_says_so():
     signs = signs_of_collapse([*RISING, *[row(0.4, invalid=0.6)] * WINDOW], EPISODES)
     assert "episodes without an action rose from 0.03 to 0.61" in signs

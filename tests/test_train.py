@@ -208,6 +208,7 @@ def test_qagent_learns_in_both_stages_with_a_generator_beside_it(mini, tmp_path,
                str(mini / "teacher"), "--generator-tokens", "6", *flags)
     assert len(rows) == 4 and all(value == value for row in rows for value in row.values())
     assert {"rollout/reward", "rollout/format", "rollout/queries", "rollout/hit"} <= set(rows[0])
+    assert "eval/reward" in rows[1]  # what the best weights are chosen by
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
