@@ -12,7 +12,7 @@ FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test faults lint demo reproduce reproduce-bard world clean
+.PHONY: help setup test faults lint demo reproduce reproduce-bard reproduce-qagent world clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ demo: $(STAMP)    ## the whole method on the embedded world: table, picture, epi
 reproduce: $(STAMP)  ## every row of the paper's tables, three seeds; interrupt it and call it again (hours)
 	$(PY) reproduce.py rows
 	$(PY) reproduce.py pairs
+
+reproduce-qagent: $(STAMP)  ## QAgent's stages, Search-R1 and naive RAG for two generators, three seeds
+	$(PY) reproduce_qagent.py run
 
 reproduce-bard: $(STAMP)  ## BARD against its parts and truncation, three seeds; can be interrupted as well
 	$(PY) reproduce_bard.py run

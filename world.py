@@ -8,6 +8,8 @@
                                twice the layers, and a Llama-type student and teacher; interrupt it and call it again
   python world.py build-trails reasoning questions (trails.py) in runs/trails, and a student and a teacher for them;
                                interrupt it and call it again
+  python world.py build-readers for QAgent, in runs/readers: two generators (three and six layers) that read several
+                               passages, and demonstrations of both protocols; interrupt it and call it again
 
 What the world was built to contain (encyclopaedia.py says more; none of it is evidence about real data):
 
@@ -47,6 +49,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import trails
+from data import Question
 from encyclopaedia import (
     FAMILY_NAMES,
     FIRST_WORDS,
@@ -69,10 +72,12 @@ from encyclopaedia import (
 )
 from model import Decoder, Encoder, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from protocol import QAGENT, SEARCH_R1, Protocol, merged
+from qagent import generator_messages
 from retriever import Passage, Retriever
 
 ROOT = Path(__file__).resolve().parent
-WORLD, SCRATCH, TRAILS = ROOT / "world", ROOT / "runs" / "world", ROOT / "runs" / "trails"
+WORLD, SCRATCH = ROOT / "world", ROOT / "runs" / "world"
+TRAILS, READERS = ROOT / "runs" / "trails", ROOT / "runs" / "readers"
 SEED = 7
 VOCAB_SIZE, ENCODER_VOCAB_SIZE = 1536, 2000
 TOP_K, MAX_SEARCHES = 1, 4
@@ -83,6 +88,7 @@ SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
 DEMONSTRATIONS, DEMONSTRATION_WORLDS = 20_000, 40
 LIST_ROWS, READING_ROWS, ROWS_PER_WORLD = 6_000, 24_000, 150  # the student's pretraining, one after the other
 GLIMPSES = 1_100  # demonstrations that the student sees, once
+READING_QUESTIONS, COLD_DEMONSTRATIONS, MOST_PASSAGES = 15_000, 3_000, 7  # QAgent's readers and agents
 STUDENT_LAYERS, TEACHER_LAYERS, LARGER_TEACHER_LAYERS = 3, 6, 12
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
@@ -361,21 +367,74 @@ def pretrain_rows(number: int, first_seed: int, *, lists: float) -> list[dict[st
     return rows
 
 
-def practice_demonstrations(number: int, worlds: int) -> list[dict[str, Any]]:
+def practice_demonstrations(number: int, worlds: int, protocol: Protocol = SEARCH_R1) -> list[dict[str, Any]]:
     """The expert's episodes in other encyclopaedias, all seven styles of question, both halves."""
     episodes = []
-    for world, (entities, corpus) in enumerate(practice_worlds(worlds, first_seed=9000)):
+    for world, entities, retriever, questions in practice_questions(number, worlds, first_seed=9000):
+        episodes += demonstrate(questions, retriever, entities, seed=world, protocol=protocol)
+    return episodes
+
+
+def practice_questions(
+    number: int, worlds: int, first_seed: int
+) -> Iterator[tuple[int, dict[str, Entity], Retriever, list[dict[str, Any]]]]:
+    """(number of the world, its entities, its passages, questions of all styles about both halves)."""
+    count = number // worlds // len(SINGLE_HOP + MULTI_HOP) // 2
+    for world, (entities, corpus) in enumerate(practice_worlds(worlds, first_seed)):
         write_jsonl(SCRATCH / "practice.jsonl", corpus)
         retriever = Retriever.load(SCRATCH / "practice.jsonl", WORLD / "encoder")
-        count = number // worlds // len(SINGLE_HOP + MULTI_HOP) // 2
-        questions = [
+        yield world, entities, retriever, [
             question | {"id": f"{world}_{question['id']}"}
             for split in ("train", "test")
             for style in SINGLE_HOP + MULTI_HOP
             for question in make_questions(entities, split, style, count, world)
         ]
-        episodes += demonstrate(questions, retriever, entities, seed=world)
-    return episodes
+
+
+def passages_for(
+    row: dict[str, Any], entities: dict[str, Entity], retriever: Retriever, shelf: dict[str, Passage],
+    rng: random.Random,
+) -> list[Passage]:
+    """What one search for the question finds, or several wordings for each hop; what is missing added more often
+    than not."""
+    hops, queries = row["metadata"]["hops"], []
+    for title, relation in hops:
+        whole = row["question"] if len(hops) == 1 else ""
+        queries += [query(wording, entities[title].name, entities[title].kind, relation, whole, rng)
+                    for wording in rng.sample(list(WORDINGS), rng.choice((1, 2, 3)))]  # fmt: skip
+    one_search = rng.random() < 0.4
+    found = merged(retriever.search([row["question"]], 5) if one_search else retriever.search(queries, TOP_K))
+    for title, _ in hops:
+        if title not in {passage.title for passage in found} and rng.random() < 0.7:
+            found.insert(rng.randint(0, len(found)), shelf[title])
+    if rng.random() < 0.5:
+        rng.shuffle(found)
+    return found[:MOST_PASSAGES]
+
+
+def reading_rows(number: int, worlds: int) -> list[dict[str, Any]]:
+    """What a generator is asked, and how it answers: it repeats the passage of each hop and notes what that says, or
+    says that a passage is missing. Repeating is how models of this size pick among passages (docs/log.md)."""
+    rows, tokenizer = [], Tokenizer.load(WORLD / "student")
+    for world, entities, retriever, questions in practice_questions(number, worlds, first_seed=30_000):
+        rng = random.Random(f"reading {world}")
+        rng.shuffle(questions)
+        passages = (retriever.corpus.passage(number, 0.0) for number in range(len(retriever.corpus)))
+        shelf = {passage.title: passage for passage in passages}
+        for row in questions:
+            found, told, answer = passages_for(row, entities, retriever, shelf, rng), [], row["golden_answers"][0]
+            for title, relation in row["metadata"]["hops"]:
+                entity, seen = entities[title], [passage for passage in found if passage.title == title]
+                if not seen:
+                    told, answer = [*told, f"no {entity.kind} {entity.name} here"], "unknown"
+                    break
+                told += [quote(seen[0]), note(relation, entity.kind, entity.name, entity.facts[relation])]
+            question = Question(row["id"], row["question"], tuple(row["golden_answers"]), row["dataset"])
+            prompt = tokenizer.chat(generator_messages(question, found))
+            text = "<think> " + "\n".join(told) + f" </think>\n<answer> {answer} </answer>"
+            rows.append({"id": row["id"], "question": row["question"], "golden_answers": row["golden_answers"],
+                         "segments": [{"author": "prompt", "ids": prompt}, {"author": "agent", "text": text}]})
+    return rows
 
 
 # ---- tokenizers and encoder
@@ -620,6 +679,19 @@ def build_trails(seed: int = SEED) -> None:
     save_decoder(load_decoder(building / "teacher-1"), tokenizer, TRAILS / "teacher")
 
 
+def build_readers() -> None:
+    """For QAgent: generators that read several passages, and demonstrations of both protocols to begin with."""
+    rows = READERS / "reading.jsonl"
+    if not rows.exists():
+        for protocol in (QAGENT, SEARCH_R1):
+            episodes = practice_demonstrations(COLD_DEMONSTRATIONS, 10, protocol)
+            write_jsonl(READERS / f"{protocol.name}.jsonl", episodes)
+        write_jsonl(rows, reading_rows(READING_QUESTIONS, 50))
+    for name, start, processes in (("small", "student", 1), ("large", "teacher", 2)):
+        sft(WORLD / start, rows, READERS / "building" / name, batch_size=16, lr=2e-3, processes=processes)
+        save_decoder(load_decoder(READERS / "building" / name), Tokenizer.load(WORLD / start), READERS / name)
+
+
 def build_models(seed: int = SEED) -> None:
     """The shipped student and teacher."""
     tokenizer = Tokenizer.load(SCRATCH / "tokenizer")
@@ -721,9 +793,11 @@ def measure(seed: int = SEED) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("build-data", "measure", "build", "build-pairs", "build-trails"))
+    others = {"measure": measure, "build-pairs": build_pairs, "build-trails": build_trails,
+              "build-readers": build_readers}  # fmt: skip
+    parser.add_argument("command", choices=("build-data", "build", *others))
     command = parser.parse_args().command
-    if command in (others := {"measure": measure, "build-pairs": build_pairs, "build-trails": build_trails}):
+    if command in others:
         return others[command]()
     build_data()
     if command == "build":

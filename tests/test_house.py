@@ -45,7 +45,7 @@ def test_imports_run_one_way():
     importers = [name for name in LOCAL - {"bench", "reproduce"} if "train" in imports(name)]
     assert not importers, "nothing imports train, but for bench, which times its step, and reproduce, for its settings"
     rooms = {*READING_CORE, "checkpoint"} - {"train"}
-    programs = {"eval", "world", "reproduce", "reproduce_bard", "bench"}
+    programs = {"eval", "world", "reproduce", "reproduce_bard", "reproduce_qagent", "bench"}
     assert not [name for name in rooms if imports(name) & programs], "a room imports a program"
     assert imports("model") & LOCAL <= {"kernels", "weights", "tokenizer", "encoder"}
     assert imports("retriever") & LOCAL <= {"model", "data"}

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_reproduce.py
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 import config
 import eval as evaluation
 import jobs
+import qagent
 import reproduce
 import reproduce_bard
+import reproduce_qagent
 import train
 from jobs import Job, run_jobs
 from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, read_records, row_jobs, verdict
@@ -275,3 +278,52 @@ def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
     assert "24*" in text and "RL only" not in text
     with pytest.raises(RuntimeError, match="reproduce_bard.py run"):
         reproduce_bard.report(tmp_path / "nothing")
+
+
+# ---- QAgent ----
+
+
+def test_every_row_of_qagent_is_a_command_that_its_settings_accept(tmp_path):
+    jobs = reproduce_qagent.row_jobs(tmp_path / "runs", tmp_path / "records", list(reproduce_qagent.ROWS), [0, 1])
+    phases = {}
+    for job in jobs:
+        program, *flags = job.flags()
+        if program == "train.py":
+            settings = config.load(train.TrainSettings, flags, prog=program, description="")
+            phases[job.name] = train.with_defaults(settings)
+        else:
+            assert flags.pop(0) == "measure"
+            phases[job.name] = config.load(
+                qagent.SearchSettings, flags, prog="qagent.py measure", description="", shared=qagent.SHARED)
+    assert phases["stage-2 1"].stage == 2 and phases["stage-2 1"].student.endswith("stage-1-1")
+    assert phases["stage-2 1"].generator.endswith("small") and phases["published-hit 1"].hit_in == "trajectory"
+    assert phases["search-r1 1"].protocol == "search-r1" and phases["search-r1 1"].advantage == "group"
+    assert phases["untrained 1"].episodes.endswith("qagent.jsonl") and phases["untrained 1"].kd_lr == 2e-3
+    together = phases["stage-1 1"].steps + phases["stage-2 1"].steps  # equal compute
+    assert phases["search-r1 1"].steps == together == phases["stage-1 1"].steps + phases["stage-1-longer 1"].steps
+    assert phases["measure naive"].passages == "naive" and "measure naive 1" not in phases
+    measured = phases["measure stage-2 1"]
+    assert (measured.protocol, measured.temperature, measured.top_k, len(measured.generators)) == ("qagent", 0.0, 1, 2)
+    assert phases["measure search-r1 1"].protocol == "search-r1"
+
+
+def qagent_record(folder: Path, row: str, seed: int | None, right: int) -> None:
+    values = {f"{key} {label}": right / 10 for key in ("em", "within", "f1") for label in reproduce_qagent.GENERATORS}
+    values |= {"hit": 0.5, "passages": 2.0}
+    found = {"row": row, "seed": seed, "sets": dict.fromkeys(reproduce_qagent.TEST_SETS, values), "average": values,
+             "correct": {label: dict.fromkeys(reproduce_qagent.TEST_SETS, "1" * right + "0" * (10 - right))
+                         for label in reproduce_qagent.GENERATORS}} | ({} if seed is None else {"train_s": 9.0})
+    jobs.write_json(folder / f"{row}{'' if seed is None else f'-{seed}'}.json", found)
+
+
+def test_the_report_of_qagent_compares_agents_with_each_other_and_with_naive_search(tmp_path):
+    qagent_record(tmp_path, "naive", None, 4)
+    for seed in SEEDS:
+        qagent_record(tmp_path, "stage-2", seed, 7)
+        qagent_record(tmp_path, "stage-1", seed, 8 if seed else 7)
+    text = reproduce_qagent.report(tmp_path)
+    assert re.search(r"stages 1 and 2 > naive RAG, 5 passages +small holds +\+0\.3000", text)
+    assert re.search(r"stages 1 and 2 > stage 1 +large undecided .* seeds \+0\.000, -0\.100, -0\.100", text)
+    assert "no agent was trained with it" in text and "Search-R1" not in text
+    with pytest.raises(RuntimeError, match="reproduce_qagent.py run"):
+        reproduce_qagent.report(tmp_path / "nothing")

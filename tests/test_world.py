@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_world.py
 """
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,25 @@ def test_the_expert_of_qagent_plans_asks_several_queries_and_reflects(entities, 
         counts |= {len(parse_action(text, QAGENT).queries) for text in agents[:-1]}
         assert parse_action(agents[-1], QAGENT).content == episode["answer"]
     assert counts == {1, 2, 3} and [e["score"] for e in episodes] == [1.0] * 60
+
+
+def test_a_reader_repeats_a_passage_that_it_was_shown_and_answers_or_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "SCRATCH", tmp_path)
+    rows, tokenizer = world.reading_rows(70, 1), Tokenizer.load(world.WORLD / "student")
+    answers = []
+    for row in rows:
+        prompt, told = tokenizer.decode(row["segments"][0]["ids"]), row["segments"][1]["text"]
+        thinking, _, answer = told.removeprefix("<think> ").partition(" </think>\n")
+        answer = parse_action(answer).content
+        lines, answers = thinking.split("\n"), [*answers, answer]
+        assert f"Question: {row['question']}" in prompt
+        if answer == "unknown":
+            assert re.fullmatch(r"no \w+ .* here", lines.pop())
+        else:
+            assert answer in row["golden_answers"]
+        for title, text, fact in zip(*[iter(lines)] * 3, strict=True):  # one after the other, for each hop
+            assert f"{title}\n{text}" in prompt and fact.split(" is ")[-1] in text
+    assert len(rows) == 70 and 0.05 < answers.count("unknown") / 70 < 0.4
 
 
 def test_the_expert_that_never_finds_its_passage_gives_up_within_the_limit(entities, contents, rows):

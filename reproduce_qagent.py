@@ -1,0 +1,202 @@
+"""QAgent on the embedded world: passages of trained and untrained agents for two frozen generators, over three seeds.
+
+    python reproduce_qagent.py run        build the readers, train and measure what is not recorded yet
+    python reproduce_qagent.py report     tables and comparisons of what is recorded
+
+Rows (the paper's Tables 2 to 4)
+    none, naive       no passages (vanilla); five passages of one search for the question (naive RAG)
+    untrained         sft on demonstrations of the scripted expert: where every trained agent begins
+    stage-1           GRPO on format and exact match of the agent's own answer
+    stage-1-longer    the same for as many steps as stages 1 and 2
+    stage-2           after stage-1: GRPO on the answer of the small generator, and whether passages hold an answer
+    published-hit     the same, but an answer in the agent's own words counts as found, as in the official code
+    search-r1         sft on demonstrations in Search-R1's protocol, then GRPO on exact match for as many steps
+The small generator trained stage-2; none of the agents was trained with the large one. Resumable row by row.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import TEST_SETS
+from eval import NAMES, align, bootstrap
+from jobs import CORES, ROOT, Job, run_jobs, seconds, write_json
+
+SEEDS = (0, 1, 2)
+READERS = ROOT / "runs" / "readers"
+GENERATORS = ("small", "large")
+STEPS, MORE_STEPS = 40, 30  # of stage 1, of stage 2
+NUM_QUESTIONS = 200  # of each test set
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    phase: str = ""  # empty: nothing is trained
+    begins: str = ""  # the row whose model it starts from; empty: the small reader
+    flags: tuple[str, ...] = ()
+    protocol: str = "qagent"
+
+
+ROWS = {
+    "none": Row("no passages"),
+    "naive": Row("naive RAG, 5 passages"),
+    "untrained": Row("untrained agent", "sft", flags=("--epochs", "1", "--eval-every", "0")),
+    "untrained-r1": Row("Search-R1, untrained", "sft", flags=("--epochs", "1", "--eval-every", "0"),
+                        protocol="search-r1"),
+    "search-r1": Row("Search-R1", "grpo", "untrained-r1", ("--steps", str(STEPS + MORE_STEPS)), "search-r1"),
+    "stage-1": Row("stage 1", "qagent", "untrained", ("--stage", "1", "--steps", str(STEPS))),
+    "stage-1-longer": Row("stage 1, longer", "qagent", "stage-1", ("--stage", "1", "--steps", str(MORE_STEPS))),
+    "stage-2": Row("stages 1 and 2", "qagent", "stage-1", ("--stage", "2", "--steps", str(MORE_STEPS))),
+    "published-hit": Row("with the published hit", "qagent", "stage-1",
+                         ("--stage", "2", "--hit-in", "trajectory", "--steps", str(MORE_STEPS))),
+}  # fmt: skip
+BASELINES = ("none", "naive")  # the same for every seed
+COMPARED = [("stage-2", other) for other in ("naive", "untrained", "stage-1", "stage-1-longer", "search-r1",
+                                             "published-hit")] + [("stage-1", "untrained")]  # fmt: skip
+PRESETS = ["--config", "configs/world.toml", "configs/qagent-world.toml"]
+
+
+def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Training and measures of these rows."""
+    jobs = []
+    for seed in seeds:
+        for name in names:
+            row, folder = ROWS[name], runs / f"{name}-{seed}"
+            if name in BASELINES:
+                if seed == seeds[0]:
+                    jobs.append(measure_job(name, None, folder, runs / f"eval-{name}", records / f"{name}.json"))
+                continue
+            student = runs / f"{row.begins}-{seed}" if row.begins else READERS / "small"
+            command = ["train.py", *PRESETS, "--phase", row.phase, "--protocol", row.protocol, *row.flags, "--student",
+                       str(student), "--episodes", str(READERS / f"{row.protocol}.jsonl"), "--run-dir", str(folder),
+                       "--seed", str(seed), "--resume"]  # fmt: skip
+            needs = (f"{row.begins} {seed}",) if row.begins else ()
+            jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
+            jobs.append(measure_job(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json"))
+    return jobs
+
+
+def measure_job(name: str, seed: int | None, model: Path, out: Path, record: Path) -> Job:
+    row = ROWS[name]
+    command = ["qagent.py", "measure", *PRESETS, "--name", row.label, "--out", str(out), "--limit", str(NUM_QUESTIONS),
+               "--generators", *(str(READERS / generator) for generator in GENERATORS)]  # fmt: skip
+    command += ["--passages", name] if name in BASELINES else ["--model", str(model), "--protocol", row.protocol]
+    needs = () if name in BASELINES else (f"{name} {seed}",)
+    return Job(f"measure {name}" + (f" {seed}" if needs else ""), lambda: command, record, needs,
+               after=lambda: write_record(name, seed, model, out, record))  # fmt: skip
+
+
+def write_record(name: str, seed: int | None, model: Path, out: Path, record: Path) -> None:
+    """What the report needs of a run, in one file."""
+    found = json.loads((out / "submodule.json").read_text())
+    rows = [json.loads(line) for line in (out / "submodule.jsonl").read_text().splitlines()]
+    found |= {"row": name, "seed": seed, "machine": f"{platform.machine()}, one thread a process"}
+    found["correct"] = {
+        label: {part: "".join(str(int(row[f"em {label}"])) for row in rows if row["set"] == part) for part in TEST_SETS}
+        for label in GENERATORS}  # fmt: skip
+    if seed is not None:
+        metrics = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+        keys = ("eval/score", "eval/reward", "rollout/score", "rollout/reward", "rollout/hit", "rollout/queries",
+                "rollout/format", "rollout/searches", "rollout/equal_groups", "loss/entropy")  # fmt: skip
+        found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in keys if m.get(key) is not None}
+                          for m in metrics if any(key in m for key in keys)]
+        found |= {"train": json.loads((model / "run.json").read_text()), "train_s": seconds(model)}
+    write_json(record, found)
+
+
+# ---- report ----
+
+
+def report(records: Path) -> str:
+    """Exact match of both generators on each set, what was found and asked, and comparisons with paired intervals."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["row"], []).append(record)
+    if not found:
+        raise RuntimeError(f"{records}: got no recorded results, expected some; python reproduce_qagent.py run")
+    present = [name for name in ROWS if name in found]
+    lines = []
+    for label in GENERATORS:
+        trained = "trained stage 2" if label == GENERATORS[0] else "no agent was trained with it"
+        rows = [["", *(NAMES[part] for part in TEST_SETS), "Avg.", "F1", "published EM"]]
+        for name in present:
+            runs = found[name]
+            cells = [np.mean([run["sets"][part][f"em {label}"] for run in runs]) for part in TEST_SETS]
+            averages = [run["average"][f"em {label}"] for run in runs]
+            spread = f" \u00b1{np.std(averages, ddof=1):.3f}" if len(averages) > 1 else ""
+            others = [np.mean([run["average"][f"{key} {label}"] for run in runs]) for key in ("f1", "within")]
+            rows.append([ROWS[name].label, *(f"{cell:.3f}" for cell in cells), f"{np.mean(averages):.3f}{spread}",
+                         *(f"{value:.3f}" for value in others)])
+        lines += [f"Exact match of the {label} generator ({trained}); strict, mean over seeds\n", align(rows), ""]
+    rows = [["", "hit", "passages", "queries", "searches", "agent's own EM", "F1", "s, last phase", "seeds"]]
+    for name in present:
+        runs = found[name]
+        keys = ("hit", "passages", "queries", "searches", "agent_em", "agent_f1")
+        cells = [f"{np.mean([run['average'][key] for run in runs]):.3f}" if key in runs[0]["average"] else "-"
+                 for key in keys]
+        times = f"{np.mean([run['train_s'] for run in runs]):.0f}" if "train_s" in runs[0] else "-"
+        rows.append([ROWS[name].label, *cells, times, str(len(runs))])
+    lines += ["What was found and asked, means over the sets\n", align(rows), ""]
+    lines += ["Differences of the averages over sets, paired 95 % interval; small and large generator\n"]
+    for left, right in COMPARED:
+        if left in found and right in found:
+            lines += [verdict(found[left], found[right], label) for label in GENERATORS]
+    return "\n".join(lines)
+
+
+def verdict(left: list[dict], right: list[dict], label: str) -> str:
+    """Whether left > right holds: the interval excludes 0 and no seed of several disagrees."""
+    if right[0]["seed"] is None:  # a baseline is the same for every seed
+        right = [right[0] | {"seed": run["seed"]} for run in left]
+    seeds = sorted({run["seed"] for run in left} & {run["seed"] for run in right})
+    sides = [[next(run for run in side if run["seed"] == seed) for seed in seeds] for side in (left, right)]
+    each = [a["average"][f"em {label}"] - b["average"][f"em {label}"] for a, b in zip(*sides, strict=True)]
+
+    def mean(side: list[dict], part: str) -> np.ndarray:
+        return np.mean([np.array([*run["correct"][label][part]], float) for run in side], axis=0)
+
+    value, low, high = bootstrap({part: mean(sides[0], part) - mean(sides[1], part) for part in TEST_SETS})["average"]
+    word = "undecided" if len(each) > 1 else "one seed"
+    if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
+        word = "holds" if low > 0 else "reversed"
+    names = f"{ROWS[left[0]['row']].label} > {ROWS[right[0]['row']].label}"
+    return (f"{names:44} {label:5} {word:9} {value:+.4f} [{low:+.4f}, {high:+.4f}]  seeds "
+            + ", ".join(f"{one:+.3f}" for one in each))  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="reproduce_qagent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=("run", "report"))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "qagent", help="where the runs are kept "
+                        "(runs/qagent)")
+    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
+    options = parser.parse_args(argv)
+    runs = options.runs.resolve()
+    records = options.records or runs / "records"
+    if options.experiment == "run":
+        wanted = set(options.rows)
+        while missing := {ROWS[name].begins for name in wanted} - wanted - {""}:
+            wanted |= missing
+        build = Job("build readers", lambda: ["world.py", "build-readers"], READERS / "large" / "model.safetensors",
+                    cores=CORES)  # fmt: skip
+        run_jobs([build], runs / "logs")
+        run_jobs(row_jobs(runs, records, [name for name in ROWS if name in wanted], options.seeds), runs / "logs")
+    print(report(records))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"reproduce_qagent.py: {error}")
