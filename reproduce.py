@@ -97,7 +97,7 @@ ROWS = {
 # The same tuning for every row: the first seed runs at its preset's learning rate and at twice that, each at the row's
 # full length. The one that answers more development questions (all seven styles, about the training half) is the
 # row's first seed and gives the others' rate. Chosen after half of the length, on the styles of training alone, rates
-# were too high: wordings that training never met were lost; KD at four times its rate won there, and lost at full length
+# were too high: wordings that training never met were lost; four times KD's rate won there, and lost at full length
 # (docs/log.md).
 RATES = (1.0, 2.0)
 DEVELOPMENT = "world/questions/development.jsonl"
