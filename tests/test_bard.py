@@ -206,12 +206,15 @@ def test_versions_keep_a_question_at_several_budgets_and_their_counts_add_up(tok
     assert sum(counts.values()) == 4 * 40
     assert len(episodes) == counts["compressed"] + counts["kept as it was"] > 100
     by_question: dict[str, list[Episode]] = {}
+    below = 0  # natural chains of less than half of a budget: they stay as they are
     for e in episodes:
         budget, length = e.question.budget, num_thinking_tokens(e, tokenizer)
         natural = bard.num_chain_tokens(tokenizer, dict((q.id, c) for q, c in chains)[e.question.id])
         assert length <= budget and (length >= 0.5 * budget or length == natural)
+        below += length < 0.5 * budget
         assert tokenizer.decode(e.segments[0].ids).rstrip().endswith(f"#{budget}\nassistant")
         by_question.setdefault(e.question.id, []).append(e)
+    assert below >= 3
     for some in by_question.values():
         assert len(some) >= 2 and len({num_thinking_tokens(e, tokenizer) for e in some}) >= 2
 
@@ -382,6 +385,24 @@ def test_measures_are_what_their_names_say():
     assert evaluation.budget_table(found).splitlines()[2].split()[:3] == ["10", "1.000", "0.500"]
 
 
+def test_the_area_is_over_the_logarithm_of_the_budget():
+    rows = [{"id": "a", "budget": b, "length": b, "correct": c, "correct_free": c, "status": "answered", "formed": True}
+            for b, c in ((10, 0), (20, 1), (80, 1))]  # fmt: skip
+    assert bard.summarize(rows)["area"] == pytest.approx((0.5 * 1 + 1.0 * 2) / 3)  # one octave, then two
+
+
+def test_every_question_is_asked_freely_and_with_a_hard_stop(tokenizer, monkeypatch):
+    def generate(policy, retriever, questions, settings, **rest):
+        turn = "<think> a </think>\n<answer> b </answer>"
+        for q in questions:  # right where nothing stops it
+            yield Episode(q, [Segment("agent", tokenizer.encode(turn))], "answered", "x" if settings.hard_stop else "b")
+
+    monkeypatch.setattr(bard, "generate", lambda *given, **rest: list(generate(*given, **rest)))
+    found = bard.measure(Policy(None, tokenizer), [Question("q", "?", ("b",), "test")], BardSettings(), [16, 32])
+    for values in found["budgets"].values():
+        assert (values["accuracy"], values["accuracy_free"]) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("flags", [["--budget", "16"], ["--hard-stop"], ["--episodes"]])
 def test_budgets_are_measured_by_eval_py_and_drawn(tmp_path, flags):
     pytest.importorskip("matplotlib")
@@ -399,6 +420,16 @@ def test_budgets_are_measured_by_eval_py_and_drawn(tmp_path, flags):
     plots.plot_budgets([tmp_path / "out" / "budgets.json"], tmp_path / "b.png")
     plots.plot_rewards(tmp_path / "r.png")
     assert min((tmp_path / f"{name}.png").stat().st_size for name in "br") > 1000
+
+
+def test_the_metrics_of_a_step_count_who_kept_to_the_budget_itself_included(tokenizer):
+    turn = tokenizer.encode("<think> a b c </think>\n<answer> b </answer>")
+    length = num_thinking_tokens(Episode(Question("q", "?", ("b",), "t"), [Segment("agent", turn)]), tokenizer)
+    episodes = [Episode(Question("q", "?", ("b",), "t", budget=b), [Segment("agent", turn)], "answered", "b")
+                for b in (length - 1, length, length + 9, length + 9)]  # fmt: skip
+    found = train.reward_metrics(episodes, torch.tensor([0.0, 1.0, 1.0, 1.0]), 2, tokenizer, "bard-rl")
+    assert (found["rollout/adherence"], found["rollout/thinking"]) == (0.75, length)
+    assert (found["rollout/reward"], found["rollout/equal_groups"]) == (0.75, 0.5)
 
 
 # ---- a run ----

@@ -66,6 +66,7 @@ def played(tokenizer: Tokenizer, *turns: str, passages: tuple[str, ...] = ("noth
     ((SEARCH, "<answer> Ann </answer>"), False),  # no reflection
     ((SEARCH, "so <reflection>r</reflection><answer> Ann </answer>"), False),
     ((SEARCH, SEARCH, ANSWER), False), ((SEARCH,), False), (("hm", SEARCH, ANSWER), False),
+    ((SEARCH, "<reflection>r</reflection>\n<plan>p</plan>", ANSWER), False),  # a turn without an action
 ])  # fmt: skip
 def test_the_format_is_read_from_the_episode(tokenizer, turns, expected):
     assert is_well_formed(played(tokenizer, *turns), tokenizer) == expected
