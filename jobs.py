@@ -4,16 +4,18 @@ Processes have one thread each: models of the embedded world gain little from a 
 other on two cores, or one in two processes.
 """
 
+import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weights import write_aside
 
@@ -98,6 +100,28 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
                 free += job.cores
                 met.add(job.name)
     print(f"[{time.perf_counter() - started:5.0f} s] all jobs done", flush=True)
+
+
+def parse_experiment(
+    argv: Sequence[str], prog: str, doc: str, rows: Mapping[str, Any], seeds: Sequence[int], folder: str,
+    experiments: Sequence[str] = ("run", "report"),
+) -> argparse.Namespace:
+    """experiment, runs, records, rows (with those that they begin from, in the order of all) and seeds of a command."""
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=experiments)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / folder, help=f"default runs/{folder}")
+    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=", ".join(rows))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds), metavar="N",
+                        help=f"default {' '.join(map(str, seeds))}")
+    options = parser.parse_args(argv)
+    options.runs = options.runs.resolve()
+    options.records = options.records or options.runs / "records"
+    wanted = set(options.rows)
+    while missing := {rows[name].begins for name in wanted} & set(rows) - wanted:
+        wanted |= missing
+    options.rows = [name for name in rows if name in wanted]
+    return options
 
 
 def seconds(folder: Path) -> float:

@@ -11,7 +11,6 @@ again, and training is resumed, so an interrupted call goes on where it stopped.
 one thread each (models this small gain little from a second), so two jobs run side by side, or one in two processes.
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +26,19 @@ import numpy as np
 import config
 import eval as evaluation
 import train
-from jobs import CORES, ROOT, Job, eval_job, result, run_jobs, seconds, torchrun, train_job, write_json
+from jobs import (
+    CORES,
+    ROOT,
+    Job,
+    eval_job,
+    parse_experiment,
+    result,
+    run_jobs,
+    seconds,
+    torchrun,
+    train_job,
+    write_json,
+)
 from model import load_decoder
 from plots import plot_curves, plot_sizes
 
@@ -361,16 +372,6 @@ def stability(curve: list[dict]) -> tuple[float, float]:
     return (max(means), means[-1]) if means else (math.nan, math.nan)
 
 
-def rows(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Run what is not recorded yet, rows in the order of ROWS, and print the report."""
-    wanted = set(names)
-    while missing := {ROWS[name].begins for name in wanted} & set(ROWS) - wanted:
-        wanted |= missing
-    jobs = row_jobs(runs, records, [name for name in ROWS if name in wanted], seeds)
-    run_jobs(jobs, runs / "logs")
-    print(report(records))
-
-
 def pairs(runs: Path, records: Path, seeds: Sequence[int]) -> None:
     """Build the other models, run Table 3's rows with them and print the report."""
     if missing := [name for name in PAIR_ROWS if not tuning_record(records, name, len(RATES) - 1).exists()]:
@@ -400,26 +401,18 @@ def pairs_table(records: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("experiment", choices=("demo", "rows", "pairs", "report"))
-    parser.add_argument("--runs", type=Path, help="where the runs are kept (default runs/demo, runs/rows)")
-    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
-    options = parser.parse_args(argv)
-    runs = (options.runs or ROOT / "runs" / ("demo" if options.experiment == "demo" else "rows")).resolve()
-    records = options.records or runs / "records"
+    folder = "demo" if argv[:1] == ["demo"] else "rows"
+    options = parse_experiment(argv, "reproduce.py", __doc__, ROWS, SEEDS, folder, ("demo", "rows", "pairs", "report"))
     if options.experiment == "demo":
-        demo(runs)
+        demo(options.runs)
     elif options.experiment == "rows":
-        rows(runs, records, options.rows, options.seeds)
+        run_jobs(row_jobs(options.runs, options.records, options.rows, options.seeds), options.runs / "logs")
+        print(report(options.records))
     elif options.experiment == "pairs":
-        pairs(runs, records, options.seeds)
+        pairs(options.runs, options.records, options.seeds)
     else:
-        print(report(records))
-        plot(records)
+        print(report(options.records))
+        plot(options.records)
 
 
 if __name__ == "__main__":

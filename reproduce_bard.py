@@ -13,7 +13,6 @@ Each distils on about as many episodes (up to four versions of a chain, or the c
 reinforced takes the same steps. Resumable row by row, as reproduce.py is.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import align, bootstrap
-from jobs import CORES, ROOT, Job, run_jobs, seconds, write_json
+from jobs import CORES, ROOT, Job, parse_experiment, run_jobs, seconds, write_json
 from plots import plot_budgets
 
 SEEDS = (0, 1, 2)
@@ -178,26 +177,15 @@ def differences(left: list[dict], right: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="reproduce_bard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("run", "report"))
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bard", help="where the runs are kept (runs/bard)")
-    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
-    options = parser.parse_args(argv)
-    runs = options.runs.resolve()
-    records = options.records or runs / "records"
+    options = parse_experiment(argv, "reproduce_bard.py", __doc__, ROWS, SEEDS, "bard")
     if options.experiment == "run":
-        wanted = set(options.rows)
-        while missing := {ROWS[name].begins for name in wanted} - wanted - {""}:
-            wanted |= missing
         build = Job("build trails", lambda: ["world.py", "build-trails"], TRAILS / "teacher" / "model.safetensors",
                     cores=CORES)  # fmt: skip
-        run_jobs([build], runs / "logs")
-        run_jobs(row_jobs(runs, records, [name for name in ROWS if name in wanted], options.seeds), runs / "logs")
-    print(report(records))
-    plot_budgets(sorted(records.glob("*.json")), records.with_name(f"{records.name}-budgets.png"))
+        run_jobs([build], options.runs / "logs")
+        run_jobs(row_jobs(options.runs, options.records, options.rows, options.seeds), options.runs / "logs")
+    print(report(options.records))
+    plot_budgets(sorted(options.records.glob("*.json")),
+                 options.records.with_name(f"{options.records.name}-budgets.png"))
 
 
 if __name__ == "__main__":

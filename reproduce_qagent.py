@@ -14,7 +14,6 @@ Rows (the paper's Tables 2 to 4)
 The small generator trained stage-2; none of the agents was trained with the large one. Resumable row by row.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -26,7 +25,7 @@ import numpy as np
 
 from data import TEST_SETS
 from eval import NAMES, align, bootstrap
-from jobs import CORES, ROOT, Job, run_jobs, seconds, write_json
+from jobs import CORES, ROOT, Job, parse_experiment, run_jobs, seconds, write_json
 
 SEEDS = (0, 1, 2)
 READERS = ROOT / "runs" / "readers"
@@ -173,26 +172,13 @@ def verdict(left: list[dict], right: list[dict], label: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="reproduce_qagent.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=("run", "report"))
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "qagent", help="where the runs are kept "
-                        "(runs/qagent)")
-    parser.add_argument("--records", type=Path, help="a file for each result (default: records in the folder of runs)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
-    options = parser.parse_args(argv)
-    runs = options.runs.resolve()
-    records = options.records or runs / "records"
+    options = parse_experiment(argv, "reproduce_qagent.py", __doc__, ROWS, SEEDS, "qagent")
     if options.experiment == "run":
-        wanted = set(options.rows)
-        while missing := {ROWS[name].begins for name in wanted} - wanted - {""}:
-            wanted |= missing
         build = Job("build readers", lambda: ["world.py", "build-readers"], READERS / "large" / "model.safetensors",
                     cores=CORES)  # fmt: skip
-        run_jobs([build], runs / "logs")
-        run_jobs(row_jobs(runs, records, [name for name in ROWS if name in wanted], options.seeds), runs / "logs")
-    print(report(records))
+        run_jobs([build], options.runs / "logs")
+        run_jobs(row_jobs(options.runs, options.records, options.rows, options.seeds), options.runs / "logs")
+    print(report(options.records))
 
 
 if __name__ == "__main__":

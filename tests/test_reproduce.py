@@ -228,6 +228,15 @@ def test_curves_are_drawn_of_what_is_recorded(tmp_path):
     assert (tmp_path / "world-figure-3.png").stat().st_size > 1000
 
 
+def test_rows_bring_those_that_they_begin_from_and_keep_the_order_of_all(tmp_path):
+    given = ["rows", "--rows", "ppo-kd", "dgpo", "--runs", str(tmp_path), "--seeds", "5"]
+    options = jobs.parse_experiment(given, "p", "doc", ROWS, SEEDS, "rows", ("rows",))
+    assert options.rows == ["kd", "ppo", "dgpo", "ppo-kd"] and options.seeds == [5]
+    assert options.records == tmp_path / "records"
+    with pytest.raises(SystemExit):
+        jobs.parse_experiment(["rows", "--rows", "kdd"], "p", "doc", ROWS, SEEDS, "rows", ("rows",))
+
+
 # ---- BARD ----
 
 
