@@ -5,12 +5,13 @@
 
 Rows (the paper's Tables 2 to 4)
     none, naive       no passages (vanilla); five passages of one search for the question (naive RAG)
-    untrained         sft on demonstrations of the scripted expert: where every trained agent begins
+    untrained         the small reader after demonstrations of the scripted expert: where every trained agent begins
     stage-1           GRPO on format and exact match of the agent's own answer
     stage-1-longer    the same for as many steps as stages 1 and 2
     stage-2           after stage-1: GRPO on the answer of the small generator, and whether passages hold an answer
     published-hit     the same, but an answer in the agent's own words counts as found, as in the official code
-    search-r1         sft on demonstrations in Search-R1's protocol, then GRPO on exact match for as many steps
+    untrained-r1      as untrained, after as many demonstrations in Search-R1's protocol
+    search-r1         the same, then GRPO on exact match for as many steps
 The small generator trained stage-2; none of the agents was trained with the large one. Resumable row by row.
 """
 
@@ -37,8 +38,8 @@ NUM_QUESTIONS = 200  # of each test set
 @dataclass(frozen=True)
 class Row:
     label: str
-    phase: str = ""  # empty: nothing is trained
-    begins: str = ""  # the row whose model it starts from; empty: the small reader
+    phase: str = ""  # empty: nothing is trained, and it is the same for every seed
+    begins: str = ""  # the row whose model it starts from
     flags: tuple[str, ...] = ()
     protocol: str = "qagent"
 
@@ -46,9 +47,8 @@ class Row:
 ROWS = {
     "none": Row("no passages"),
     "naive": Row("naive RAG, 5 passages"),
-    "untrained": Row("untrained agent", "sft", flags=("--epochs", "1", "--eval-every", "0")),
-    "untrained-r1": Row("Search-R1, untrained", "sft", flags=("--epochs", "1", "--eval-every", "0"),
-                        protocol="search-r1"),
+    "untrained": Row("untrained agent"),
+    "untrained-r1": Row("Search-R1, untrained", protocol="search-r1"),
     "search-r1": Row("Search-R1", "grpo", "untrained-r1", ("--steps", str(STEPS + MORE_STEPS)), "search-r1"),
     "stage-1": Row("stage 1", "qagent", "untrained", ("--stage", "1", "--steps", str(STEPS))),
     "stage-1-longer": Row("stage 1, longer", "qagent", "stage-1", ("--stage", "1", "--steps", str(MORE_STEPS))),
@@ -56,7 +56,6 @@ ROWS = {
     "published-hit": Row("with the published hit", "qagent", "stage-1",
                          ("--stage", "2", "--hit-in", "trajectory", "--steps", str(MORE_STEPS))),
 }  # fmt: skip
-BASELINES = ("none", "naive")  # the same for every seed
 COMPARED = [("stage-2", other) for other in ("naive", "untrained", "stage-1", "stage-1-longer", "search-r1",
                                              "published-hit")] + [("stage-1", "untrained")]  # fmt: skip
 PRESETS = ["--config", "configs/world.toml", "configs/qagent-world.toml"]
@@ -68,15 +67,16 @@ def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[in
     for seed in seeds:
         for name in names:
             row, folder = ROWS[name], runs / f"{name}-{seed}"
-            if name in BASELINES:
+            if not row.phase:
                 if seed == seeds[0]:
-                    jobs.append(measure_job(name, None, folder, runs / f"eval-{name}", records / f"{name}.json"))
+                    model, out = READERS / f"{row.protocol}-agent", runs / f"eval-{name}"
+                    jobs.append(measure_job(name, None, model, out, records / f"{name}.json"))
                 continue
-            student = runs / f"{row.begins}-{seed}" if row.begins else READERS / "small"
+            trained = bool(ROWS[row.begins].phase)
+            student = runs / f"{row.begins}-{seed}" if trained else READERS / f"{row.protocol}-agent"
             command = ["train.py", *PRESETS, "--phase", row.phase, "--protocol", row.protocol, *row.flags, "--student",
-                       str(student), "--episodes", str(READERS / f"{row.protocol}.jsonl"), "--run-dir", str(folder),
-                       "--seed", str(seed), "--resume"]  # fmt: skip
-            needs = (f"{row.begins} {seed}",) if row.begins else ()
+                       str(student), "--run-dir", str(folder), "--seed", str(seed), "--resume"]  # fmt: skip
+            needs = (f"{row.begins} {seed}",) if trained else ()
             jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
             jobs.append(measure_job(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json"))
     return jobs
@@ -86,8 +86,9 @@ def measure_job(name: str, seed: int | None, model: Path, out: Path, record: Pat
     row = ROWS[name]
     command = ["qagent.py", "measure", *PRESETS, "--name", row.label, "--out", str(out), "--limit", str(NUM_QUESTIONS),
                "--generators", *(str(READERS / generator) for generator in GENERATORS)]  # fmt: skip
-    command += ["--passages", name] if name in BASELINES else ["--model", str(model), "--protocol", row.protocol]
-    needs = () if name in BASELINES else (f"{name} {seed}",)
+    command += (["--passages", name] if name in ("none", "naive")
+                else ["--model", str(model), "--protocol", row.protocol])  # fmt: skip
+    needs = (f"{name} {seed}",) if row.phase else ()
     return Job(f"measure {name}" + (f" {seed}" if needs else ""), lambda: command, record, needs,
                after=lambda: write_record(name, seed, model, out, record))  # fmt: skip
 
@@ -174,8 +175,8 @@ def verdict(left: list[dict], right: list[dict], label: str) -> str:
 def main(argv: list[str]) -> None:
     options = parse_experiment(argv, "reproduce_qagent.py", __doc__, ROWS, SEEDS, "qagent")
     if options.experiment == "run":
-        build = Job("build readers", lambda: ["world.py", "build-readers"], READERS / "large" / "model.safetensors",
-                    cores=CORES)  # fmt: skip
+        last = READERS / "search-r1-agent" / "model.safetensors"
+        build = Job("build readers", lambda: ["world.py", "build-readers"], last, cores=CORES)
         run_jobs([build], options.runs / "logs")
         run_jobs(row_jobs(options.runs, options.records, options.rows, options.seeds), options.runs / "logs")
     print(report(options.records))

@@ -9,7 +9,7 @@
   python world.py build-trails reasoning questions (trails.py) in runs/trails, and a student and a teacher for them;
                                interrupt it and call it again
   python world.py build-readers for QAgent, in runs/readers: two generators (three and six layers) that read several
-                               passages, and demonstrations of both protocols; interrupt it and call it again
+                               passages, an agent of each protocol; interrupt it and call it again
 
 What the world was built to contain (encyclopaedia.py says more; none of it is evidence about real data):
 
@@ -88,7 +88,7 @@ SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
 DEMONSTRATIONS, DEMONSTRATION_WORLDS = 20_000, 40
 LIST_ROWS, READING_ROWS, ROWS_PER_WORLD = 6_000, 24_000, 150  # the student's pretraining, one after the other
 GLIMPSES = 1_100  # demonstrations that the student sees, once
-READING_QUESTIONS, COLD_DEMONSTRATIONS, MOST_PASSAGES = 15_000, 3_000, 7  # QAgent's readers and agents
+READING_QUESTIONS, COLD_DEMONSTRATIONS, MOST_PASSAGES = 15_000, 9_000, 7  # QAgent's readers and agents
 STUDENT_LAYERS, TEACHER_LAYERS, LARGER_TEACHER_LAYERS = 3, 6, 12
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
@@ -537,13 +537,15 @@ def decoder_config(layers: int, vocab_size: int, eos_id: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sft(student: Path, texts: Path, run_dir: Path, *, batch_size: int, lr: float, processes: int) -> None:
-    """One pass over the texts, or what is left of it; a process has one thread."""
+def sft(
+    student: Path, texts: Path, run_dir: Path, *, batch_size: int, lr: float, processes: int, epochs: int = 1
+) -> None:
+    """Passes over the texts, or what is left of them; a process has one thread."""
     if (run_dir / "model.safetensors").exists():
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "train.py"), "--phase", "sft", "--resume", "--student", str(student)]
-    command += ["--episodes", str(texts), "--run-dir", str(run_dir), "--epochs", "1", "--kd-warmup-steps", "40"]
+    command += ["--episodes", str(texts), "--run-dir", str(run_dir), "--epochs", str(epochs), "--kd-warmup-steps", "40"]
     command += ["--kd-lr", str(lr), "--batch-size", str(batch_size), "--eval-every", "0", "--save-every", "200"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
@@ -680,16 +682,19 @@ def build_trails(seed: int = SEED) -> None:
 
 
 def build_readers() -> None:
-    """For QAgent: generators that read several passages, and demonstrations of both protocols to begin with."""
-    rows = READERS / "reading.jsonl"
+    """For QAgent: generators that read several passages, and agents of both protocols that the small one becomes."""
+    rows, building = READERS / "reading.jsonl", READERS / "building"
     if not rows.exists():
         for protocol in (QAGENT, SEARCH_R1):
-            episodes = practice_demonstrations(COLD_DEMONSTRATIONS, 10, protocol)
+            episodes = practice_demonstrations(COLD_DEMONSTRATIONS, 30, protocol)
             write_jsonl(READERS / f"{protocol.name}.jsonl", episodes)
         write_jsonl(rows, reading_rows(READING_QUESTIONS, 50))
-    for name, start, processes in (("small", "student", 1), ("large", "teacher", 2)):
-        sft(WORLD / start, rows, READERS / "building" / name, batch_size=16, lr=2e-3, processes=processes)
-        save_decoder(load_decoder(READERS / "building" / name), Tokenizer.load(WORLD / start), READERS / name)
+    for name, start, texts, epochs in (
+        ("small", WORLD / "student", rows, 2), ("large", WORLD / "teacher", rows, 2),
+        *((f"{p.name}-agent", READERS / "small", READERS / f"{p.name}.jsonl", 1) for p in (QAGENT, SEARCH_R1)),
+    ):  # fmt: skip
+        sft(start, texts, building / name, batch_size=16, lr=2e-3, processes=2, epochs=epochs)
+        save_decoder(load_decoder(building / name), Tokenizer.load(WORLD / "student"), READERS / name)
 
 
 def build_models(seed: int = SEED) -> None:

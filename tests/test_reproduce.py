@@ -307,13 +307,14 @@ def test_every_row_of_qagent_is_a_command_that_its_settings_accept(tmp_path):
     assert phases["stage-2 1"].stage == 2 and phases["stage-2 1"].student.endswith("stage-1-1")
     assert phases["stage-2 1"].generator.endswith("small") and phases["published-hit 1"].hit_in == "trajectory"
     assert phases["search-r1 1"].protocol == "search-r1" and phases["search-r1 1"].advantage == "group"
-    assert phases["untrained 1"].episodes.endswith("qagent.jsonl") and phases["untrained 1"].kd_lr == 2e-3
+    assert phases["stage-1 1"].student.endswith("readers/qagent-agent") and "untrained 1" not in phases
+    assert phases["measure untrained-r1"].model.endswith("readers/search-r1-agent")
     together = phases["stage-1 1"].steps + phases["stage-2 1"].steps  # equal compute
     assert phases["search-r1 1"].steps == together == phases["stage-1 1"].steps + phases["stage-1-longer 1"].steps
     assert phases["measure naive"].passages == "naive" and "measure naive 1" not in phases
     measured = phases["measure stage-2 1"]
     assert (measured.protocol, measured.temperature, measured.top_k, len(measured.generators)) == ("qagent", 0.0, 1, 2)
-    assert phases["measure search-r1 1"].protocol == "search-r1"
+    assert phases["measure search-r1 1"].protocol == "search-r1" == phases["measure untrained-r1"].protocol
 
 
 def qagent_record(folder: Path, row: str, seed: int | None, right: int) -> None:
