@@ -304,6 +304,8 @@ def report(records: Path) -> str:
     for left, right in ORDERINGS:
         if {run["seed"] for run in found.get(left, [])} & {run["seed"] for run in found.get(right, [])}:
             lines.append(verdict(found[left], found[right]))
+    if "dgpo" in found and "teacher" in found:
+        lines.append(f"DGPO - teacher: {against_teacher(found['dgpo'], found['teacher'])}")
     for pair, label in [*PAIRS.items()][1:]:
         others = read_records(records / pair)
         lines += [f"{label}: {verdict(others['dgpo'], others[row])}" for row in ("kd", "ppo")
@@ -324,6 +326,13 @@ def report(records: Path) -> str:
             text = ", ".join(f"x{run['times']:g} {run['score']:.3f}" for run in runs_of)
             lines.append(f"{ROWS[name].label:26} {text}; taken x{best_run(records, name)['times']:g}")
     return "\n".join(lines)
+
+
+def against_teacher(student: list[dict], teacher: list[dict]) -> str:
+    """The difference on each set; a mark where the paired interval over questions excludes 0."""
+    found = evaluation.compare_correct(student, teacher)
+    return "  ".join(f"{evaluation.NAMES.get(name, name)} {value:+.3f}{'!' if low > 0 or high < 0 else ''}"
+                     for name, (value, low, high) in found.items() if name != "all")
 
 
 def overhead(found: dict[str, list[dict]]) -> str:

@@ -214,6 +214,12 @@ def test_the_report_says_what_is_recorded_and_leaves_out_what_is_not(tmp_path):
     assert "0.50 -> 0.50" in text and "GKD" not in text  # mean of the last five of 0.1 to 0.7
 
 
+def test_the_report_says_on_which_sets_the_student_passes_its_teacher(tmp_path):
+    ours = [record(tmp_path, "dgpo", seed, {"nq": 0.6, "musique": 0.5, "popqa": 0.4}) for seed in SEEDS]
+    teacher = record(tmp_path, "kd", 7, {"nq": 0.5, "musique": 0.5, "popqa": 0.6})
+    assert reproduce.against_teacher(ours, [teacher]) == "NQ +0.100!  PopQA -0.200!  MuSiQue +0.000  average -0.033!"
+
+
 def test_curves_are_drawn_of_what_is_recorded(tmp_path):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "world"
