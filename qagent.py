@@ -204,12 +204,15 @@ def remote_generator(settings: QAgentSettings) -> Generator:
     return ask_all
 
 
-def load_generator(settings: QAgentSettings, device: torch.device | str = "cpu") -> Generator:
+def load_generator(
+    settings: QAgentSettings, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
     if not settings.generator:
         raise ValueError("--generator: got none, expected a checkpoint or the address of a chat-completions server")
     if is_remote(settings.generator):
         return remote_generator(settings)
-    policy = Policy(load_decoder(settings.generator, device=device), Tokenizer.load(settings.generator))
+    decoder = load_decoder(settings.generator, dtype=dtype, device=device)
+    policy = Policy(decoder, Tokenizer.load(settings.generator))
     policy.decoder.requires_grad_(False)
     return local_generator(policy, settings)
 
@@ -244,6 +247,7 @@ class SearchSettings(QAgentSettings):
     top_k: int = setting(1, "passages of a query (official code)")
     prompt: str = setting("qagent", "'qagent' (our words), 'short', or a file with {question} (the published text)")
     model: str = setting("runs/qagent", "checkpoint that searches")
+    dtype: str = setting("float32", "dtype of agent and generators", choices=("float32", "bfloat16"))
     corpus: str = setting("", "passages, JSONL")
     encoder: str = setting("", "checkpoint of the passage encoder")
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
@@ -370,7 +374,8 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
     labels = [g if is_remote(g) else Path(g).name for g in settings.generators or (settings.generator,)]
     if len(set(labels)) < len(labels):
         raise ValueError(f"--generators: got {labels}, expected names that differ")
-    generators = {label: load_generator(replace(settings, generator=given))
+    dtype = getattr(torch, settings.dtype)
+    generators = {label: load_generator(replace(settings, generator=given), dtype=dtype)
                   for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
     sets = read_sets(settings.questions, settings.limit)
     result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
@@ -405,10 +410,11 @@ def main(argv: list[str]) -> None:
     if not (settings.corpus and settings.encoder):
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
                          "--corpus and --encoder")
-    generator = load_generator(settings) if command == "answer" else None
+    dtype = getattr(torch, settings.dtype)
+    generator = load_generator(settings, dtype=dtype) if command == "answer" else None
     policy = retriever = None
     if command != "measure" or settings.passages == "agent":
-        policy = Policy(load_decoder(settings.model), Tokenizer.load(settings.model))
+        policy = Policy(load_decoder(settings.model, dtype=dtype), Tokenizer.load(settings.model))
     if command != "measure" or settings.passages != "none":
         retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
     if command == "measure":

@@ -97,7 +97,7 @@ class TrainSettings(BardSettings, QAgentSettings):
     device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
     student: str = setting("", "checkpoint to start from (folder or hub id)")
     teacher: str = setting("", "checkpoint that guides (folder or hub id)")
-    teacher_dtype: str = setting("float32", "dtype of the frozen teacher", choices=("float32", "bfloat16"))
+    teacher_dtype: str = setting("float32", "dtype of the frozen teacher, or generator", choices=("float32", "bfloat16"))
     questions: str = setting("", "training questions, JSONL")
     val_size: int = setting(256, "training questions set apart to measure progress; never trained on")
     corpus: str = setting("", "passages, JSONL")
@@ -627,7 +627,7 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
 def train(run: Run) -> None:
     settings, rank, num_processes, device = run.settings, run.rank, run.num_processes, run.device
     torch.manual_seed(settings.seed)
-    teacher_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.teacher_dtype]
+    teacher_dtype = getattr(torch, settings.teacher_dtype)
     acts = settings.phase not in ("sft", "bard-sft") or settings.eval_every > 0
     if settings.phase == "bard-data" and settings.chains:
         acts = False
@@ -716,7 +716,8 @@ def make_score(
     if settings.phase == "bard-rl":
         return lambda episodes: [bard.reward(e, tokenizer, settings) for e in episodes]
     if settings.phase == "qagent":
-        generator = qagent.load_generator(settings, device) if settings.stage == 2 else None
+        dtype = getattr(torch, settings.teacher_dtype)
+        generator = qagent.load_generator(settings, device, dtype) if settings.stage == 2 else None
         return lambda episodes: qagent.rewards(episodes, tokenizer, generator, settings)
     return lambda episodes: [e.score for e in episodes]
 

@@ -328,7 +328,7 @@ def test_measure_writes_what_it_prints(tmp_path, capsys):
     student, teacher = (str(ROOT / "world" / name) for name in ("student", "teacher"))
     given = ["measure", "--passages", "none", "--limit", "1", "--generator-tokens", "4", "--out", str(tmp_path),
              "--questions", str(ROOT / "world" / "questions" / "nq.jsonl")]  # fmt: skip
-    qagent.main([*given, "--generators", student, teacher])
+    qagent.main([*given, "--generators", student, teacher, "--dtype", "bfloat16"])
     found = json.loads((tmp_path / "submodule.json").read_text())
     assert {"em student", "em teacher", "within teacher"} <= set(found["average"]) and found["name"] == "none"
     assert len((tmp_path / "submodule.jsonl").read_text().splitlines()) == 1

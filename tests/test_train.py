@@ -201,7 +201,7 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
 
 @pytest.mark.parametrize("flags", [
     ["--stage", "1"], ["--stage", "2", "--hit-in", "trajectory", "--answer-match", "within"],
-    ["--stage", "2", "--kl-in", "loss", "--mean-over", "episode"],
+    ["--stage", "2", "--teacher-dtype", "bfloat16", "--kl-in", "loss", "--mean-over", "episode"],
 ])  # fmt: skip
 def test_qagent_learns_in_both_stages_with_a_generator_beside_it(mini, tmp_path, flags):
     rows = run(mini, tmp_path / "run", "--phase", "qagent", "--protocol", "qagent", "--group-size", "4", "--generator",
