@@ -97,7 +97,7 @@ class TrainSettings(BardSettings, QAgentSettings):
     device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
     student: str = setting("", "checkpoint to start from (folder or hub id)")
     teacher: str = setting("", "checkpoint that guides (folder or hub id)")
-    teacher_dtype: str = setting("float32", "dtype of the frozen teacher, or generator", choices=("float32", "bfloat16"))
+    teacher_dtype: str = setting("float32", "dtype of teacher and generator", choices=("float32", "bfloat16"))
     questions: str = setting("", "training questions, JSONL")
     val_size: int = setting(256, "training questions set apart to measure progress; never trained on")
     corpus: str = setting("", "passages, JSONL")
