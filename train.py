@@ -134,7 +134,8 @@ class TrainSettings(BardSettings, QAgentSettings):
     critic_warmup_steps: int = setting(15, "linear warm-up (official: 0.015 of the steps)")
     critic_only_steps: int = setting(0, "first steps that train the critic alone")
     beta: float = setting(0.001, "beta of Eq. 4")
-    kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, all for ppo",
+    kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, else all; bard-rl and qagent with 'wrong' "
+                            "are guided by the teacher, too",
                             choices=("", "wrong", "all", "none"))
     kl_in: str = setting("reward", "the KL of Eq. 4 is a reward, as in PPO, or a loss (k3), as in GRPO's paper",
                          choices=("reward", "loss"))
@@ -404,7 +405,8 @@ def reinforce(
             episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
         if settings.phase in SKIPPING:
             metrics |= reward_metrics(episodes, scores, group_size, actor.tokenizer, settings.phase)
-            batch = skip_equal_groups(batch, scores, group_size)
+            if settings.kl_where != "wrong":  # of groups that are all wrong the teacher has something to say
+                batch = skip_equal_groups(batch, scores, group_size)
         mask, lengths = batch.response_mask, batch.lengths()
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
@@ -654,7 +656,8 @@ def train(run: Run) -> None:
     student = load_policy(settings.student, device, "student")
     student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
     teacher = None
-    if settings.phase in DISTIL[2:] or (settings.phase == "dgpo" and settings.kl_where != "none"):
+    is_guided = settings.phase in SKIPPING and settings.kl_where == "wrong"
+    if settings.phase in DISTIL[2:] or (settings.phase == "dgpo" and settings.kl_where != "none") or is_guided:
         teacher = frozen(load_policy(settings.teacher, device, "teacher", teacher_dtype))
         check_same_tokens(student.tokenizer, teacher.tokenizer)
 
@@ -698,7 +701,7 @@ def train(run: Run) -> None:
     else:
         critic = Critic.from_decoder(student.decoder) if settings.advantage == "gae" else None
         guide = teacher
-        if settings.phase != "dgpo" and settings.kl_where != "none":
+        if teacher is None and settings.kl_where != "none":
             guide = frozen(load_policy(settings.student, device, "student"))  # Eq. 5: the initial policy
         if settings.shard != "none":
             shard(student.decoder)

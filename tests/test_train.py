@@ -212,6 +212,16 @@ def test_qagent_learns_in_both_stages_with_a_generator_beside_it(mini, tmp_path,
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_qagent_can_be_guided_by_the_teacher_on_wrong_episodes_as_dgpo_is(mini, tmp_path):
+    """The student differs from its guide at once, and groups that are all wrong still count."""
+    flags = ["--phase", "qagent", "--protocol", "qagent", "--group-size", "4", "--beta", "0.5", "--kl-in", "loss"]
+    own = run(mini, tmp_path / "own", *flags)
+    guided = run(mini, tmp_path / "guided", *flags, "--kl-where", "wrong")
+    assert own[0]["rollout/equal_groups"] == guided[0]["rollout/equal_groups"] == 1.0  # none is ever right
+    assert abs(own[0]["rollout/kl_student_guide"]) < 1e-4 < guided[0]["rollout/kl_student_guide"]
+    assert "loss/actor_grad_norm" not in own[0] and guided[0]["loss/actor_grad_norm"] > 0
+
+
 def test_the_mean_over_episodes_weighs_a_long_one_like_a_short_one():
     mask = torch.tensor([[True, True, True, True], [False, True, False, False], [False] * 4])
     values = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0])  # means 3 and 10; the third row has nothing to say
