@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2)
 READERS = ROOT / "runs" / "readers"
 GENERATORS = ("small", "large")
 STEPS, MORE_STEPS = 40, 30  # of stage 1, of stage 2
-NUM_QUESTIONS = 200  # of each test set
+NUM_QUESTIONS = 100  # of each test set
 
 
 @dataclass(frozen=True)
