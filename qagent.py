@@ -20,7 +20,7 @@ As published: an episode that never searches has the right format; nothing rewar
     python qagent.py answer "who wrote ..." --model runs/qagent --generator DIR     a generator's answer from them
     python qagent.py serve --model runs/qagent --port 8018               the same over HTTP, on this machine alone
     python qagent.py measure --model runs/qagent --generators DIR DIR    exact match of generators with its passages;
-                                                                         --passages naive (top 5 once), none
+                                                                         --passages naive (top 5 once), gold, none
 
 Legend: K passages collected.
 """
@@ -47,7 +47,7 @@ import config
 from config import setting
 from data import TEST_SETS, Question, exact_match, f1, hit, normalize_answer
 from episode import Episode, episode_text
-from eval import align, read_sets
+from eval import align, gold_passages, read_sets
 from model import Tokenizer, load_decoder
 from protocol import PROTOCOLS, merged, parse_action
 from retriever import Passage, Retriever
@@ -252,8 +252,8 @@ class SearchSettings(QAgentSettings):
     encoder: str = setting("", "checkpoint of the passage encoder")
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    passages: str = setting("agent", "measure: whose passages; naive: of one search for the question, 5 passages",
-                            choices=("agent", "naive", "none"))
+    passages: str = setting("agent", "measure: whose passages; naive: 5 of one search for the question; gold: those "
+                            "that the row names", choices=("agent", "naive", "none", "gold"))
     generators: tuple[str, ...] = setting((), "measure: several, each as --generator; empty: that one")
     questions: tuple[str, ...] = setting(
         tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS), "measure: question files, JSONL")
@@ -323,6 +323,8 @@ def gather(
     """Passages for each question, and what it took to find them."""
     if settings.passages == "none":
         return [[] for _ in questions], [{} for _ in questions]
+    if settings.passages == "gold":
+        return gold_passages(questions, retriever), [{} for _ in questions]
     if settings.passages == "naive":
         found = retriever.search([q.question for q in questions], NAIVE_PASSAGES)
         return found, [{"queries": 1.0} for _ in questions]

@@ -5,6 +5,7 @@
 
 Rows (the paper's Tables 2 to 4)
     none, naive       no passages (vanilla); five passages of one search for the question (naive RAG)
+    gold              the passages that a question is about, and no others: what the generators could do at best
     untrained         the small reader after demonstrations of the scripted expert: where every trained agent begins
     stage-1           GRPO on format and exact match of the agent's own answer
     stage-1-longer    the same for as many steps as stages 1 and 2
@@ -47,6 +48,7 @@ class Row:
 ROWS = {
     "none": Row("no passages"),
     "naive": Row("naive RAG, 5 passages"),
+    "gold": Row("gold passages"),
     "untrained": Row("untrained agent"),
     "untrained-r1": Row("Search-R1, untrained", protocol="search-r1"),
     "search-r1": Row("Search-R1", "grpo", "untrained-r1", ("--steps", str(STEPS + MORE_STEPS)), "search-r1"),
@@ -86,7 +88,7 @@ def measure_job(name: str, seed: int | None, model: Path, out: Path, record: Pat
     row = ROWS[name]
     command = ["qagent.py", "measure", *PRESETS, "--name", row.label, "--out", str(out), "--limit", str(NUM_QUESTIONS),
                "--generators", *(str(READERS / generator) for generator in GENERATORS)]  # fmt: skip
-    command += (["--passages", name] if name in ("none", "naive")
+    command += (["--passages", name] if name in ("none", "naive", "gold")
                 else ["--model", str(model), "--protocol", row.protocol])  # fmt: skip
     needs = (f"{name} {seed}",) if row.phase else ()
     return Job(f"measure {name}" + (f" {seed}" if needs else ""), lambda: command, record, needs,

@@ -7,6 +7,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -298,7 +299,7 @@ class Shelf:
         return [[Passage(str(i), "T", f"{query} {i}", 1.0) for i in range(top_k)] for query in queries]
 
 
-def test_naive_passages_are_one_search_and_generators_are_scored_side_by_side():
+def test_naive_passages_are_one_search_and_generators_are_scored_side_by_side(monkeypatch):
     sets = {"nq": [Question("a", "who?", ("who? 4",), "nq"), Question("b", "when?", ("1900",), "nq")],
             "popqa": [Question("a", "where?", ("where? 0",), "popqa")]}
     readers = {"last": lambda questions, found: [k[-1].text if k else "" for k in found],
@@ -308,6 +309,12 @@ def test_naive_passages_are_one_search_and_generators_are_scored_side_by_side():
     assert (nq["em last"], nq["within last"], nq["em all"], nq["within all"]) == (0.5, 0.5, 0.0, 0.5)
     assert (nq["hit"], nq["passages"], nq["queries"], result["sets"]["popqa"]["em last"]) == (0.5, 5.0, 1.0, 0.0)
     assert average["within all"] == 0.75 and len(result["rows"]) == 3  # the mean over sets, not over questions
+    context = [{"title": "T", "text": "who? 4", "is_supporting": True},
+               {"title": "U", "text": "what?", "is_supporting": False}]  # fmt: skip
+    gold = {"nq": [replace(sets["nq"][0], context=context)]}
+    monkeypatch.setattr(Shelf, "corpus", (), raising=False)
+    best = qagent.measure(None, Shelf(), gold, readers, qagent.SearchSettings(passages="gold"))["average"]
+    assert (best["passages"], best["em last"], best["em all"]) == (1.0, 1.0, 1.0)
     nothing = qagent.measure(None, None, sets, readers, qagent.SearchSettings(passages="none"))
     assert nothing["average"]["passages"] == nothing["average"]["hit"] == nothing["average"]["em last"] == 0.0
     assert "em last" in qagent.measure_table({"name": "naive"} | result)
