@@ -175,9 +175,9 @@ def test_the_last_two_states_and_the_one_with_the_best_validation_score_are_kept
     scores = iter([0.2, 0.9, 0.3, 0.1])
     real = train.sum_over_processes
 
-    def scripted(*values):  # validation is the one place that sums three numbers of episodes
-        is_score = len(values) == 3 and values[2].dtype == torch.int64
-        return [next(scores), 0.0, 1.0] if is_score else real(*values)
+    def scripted(*values):  # validation is the one place that sums four numbers of episodes
+        is_score = len(values) == 4 and values[3].dtype == torch.int64
+        return [next(scores), 0.0, 0.0, 1.0] if is_score else real(*values)
 
     monkeypatch.setattr(train, "sum_over_processes", scripted)
     run(mini, tmp_path / "run", "--phase", "sft", "--epochs", "2.67")
