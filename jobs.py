@@ -136,3 +136,12 @@ def result(out: Path) -> dict:
 def write_json(path: Path, found: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, lambda partial: partial.write_text(json.dumps(found) + "\n"))
+
+
+def read_records(records: Path) -> dict[str, list[dict]]:
+    """The recorded runs of each row, by seed."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["row"], []).append(record)
+    return found

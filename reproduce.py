@@ -32,6 +32,7 @@ from jobs import (
     Job,
     eval_job,
     parse_experiment,
+    read_records,
     result,
     run_jobs,
     seconds,
@@ -274,15 +275,6 @@ def write_record(name: str, model: Path, out: Path, record: Path) -> None:
         found["curve"] = [{"step": m["step"]} | {key: round(m[key], 4) for key in CURVE if m.get(key) is not None}
                           for m in metrics if any(key in m for key in CURVE)]
     write_json(record, found)
-
-
-def read_records(records: Path) -> dict[str, list[dict]]:
-    """The recorded runs of each row, by seed."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted(records.glob("*.json")):
-        record = json.loads(path.read_text())
-        found.setdefault(record["row"], []).append(record)
-    return found
 
 
 def report(records: Path) -> str:

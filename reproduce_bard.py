@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import align, bootstrap
-from jobs import CORES, ROOT, Job, parse_experiment, run_jobs, seconds, write_json
+from jobs import CORES, ROOT, Job, parse_experiment, read_records, run_jobs, seconds, write_json
 from plots import plot_budgets
 
 SEEDS = (0, 1, 2)
@@ -120,10 +120,7 @@ def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> 
 
 def report(records: Path) -> str:
     """Measures at each budget, means over seeds, and the orderings with paired intervals."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted(records.glob("*.json")):
-        record = json.loads(path.read_text())
-        found.setdefault(record["row"], []).append(record)
+    found = read_records(records)
     if not found:
         raise RuntimeError(f"{records}: got no recorded results, expected some; python reproduce_bard.py run")
     lines = []

@@ -27,7 +27,7 @@ import numpy as np
 
 from data import TEST_SETS
 from eval import NAMES, align, bootstrap
-from jobs import CORES, ROOT, Job, parse_experiment, run_jobs, seconds, write_json
+from jobs import CORES, ROOT, Job, parse_experiment, read_records, run_jobs, seconds, write_json
 
 SEEDS = (0, 1, 2)
 READERS = ROOT / "runs" / "readers"
@@ -118,10 +118,7 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
 
 def report(records: Path) -> str:
     """Exact match of both generators on each set, what was found and asked, and comparisons with paired intervals."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted(records.glob("*.json")):
-        record = json.loads(path.read_text())
-        found.setdefault(record["row"], []).append(record)
+    found = read_records(records)
     if not found:
         raise RuntimeError(f"{records}: got no recorded results, expected some; python reproduce_qagent.py run")
     present = [name for name in ROWS if name in found]
