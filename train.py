@@ -405,8 +405,8 @@ def reinforce(
             episodes, old_logprobs, guide_logprobs, returns, old_values, mask, has_critic=critic is not None)
         if settings.phase in SKIPPING:
             metrics |= reward_metrics(episodes, scores, group_size, actor.tokenizer, settings.phase)
-            if settings.kl_where != "wrong":  # of groups that are all wrong the teacher has something to say
-                batch = skip_equal_groups(batch, scores, group_size)
+            kept = wrong_episodes(scores) & (settings.kl_where == "wrong")  # of these the teacher has something to say
+            batch = skip_equal_groups(batch, scores, group_size, kept)
         mask, lengths = batch.response_mask, batch.lengths()
         # 4. updates: Eq. 2 and the critic, a global mini-batch at a time
         started = time.perf_counter()
@@ -473,9 +473,9 @@ def equal_groups(scores: Tensor, group_size: int) -> Tensor:
     return (groups == groups[:, :1]).all(1) if group_size > 1 else torch.zeros(len(scores), dtype=torch.bool)
 
 
-def skip_equal_groups(batch: Batch, scores: Tensor, group_size: int) -> Batch:
-    """The batch without response tokens in such groups: they would dilute the mean over tokens."""
-    skipped = equal_groups(scores, group_size).repeat_interleave(group_size).to(scores.device)  # [B]
+def skip_equal_groups(batch: Batch, scores: Tensor, group_size: int, kept: Tensor) -> Batch:
+    """The batch without response tokens in such groups, but for kept episodes: they would dilute the mean."""
+    skipped = equal_groups(scores, group_size).repeat_interleave(group_size).to(scores.device) & ~kept  # [B]
     return batch._replace(response_mask=batch.response_mask & ~skipped[:, None])
 
 

@@ -150,8 +150,11 @@ def test_groups_without_a_difference_are_left_out():
     scores = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.0, 0.0])
     assert train.equal_groups(scores, 2).tolist() == [True, False, True]
     mask = torch.ones(6, 3, dtype=torch.bool)
-    kept = train.skip_equal_groups(Batch(torch.zeros(6, 3, dtype=torch.long), mask), scores, 2).response_mask
-    assert kept.any(1).tolist() == [False, False, True, True, False, False]
+    batch = Batch(torch.zeros(6, 3, dtype=torch.long), mask)
+    left = train.skip_equal_groups(batch, scores, 2, kept=scores != scores).response_mask
+    assert left.any(1).tolist() == [False, False, True, True, False, False]
+    left = train.skip_equal_groups(batch, scores, 2, kept=scores < 0.1).response_mask  # a teacher guides wrong ones
+    assert left.any(1).tolist() == [False, False, True, True, True, True]
     assert not train.equal_groups(scores, 1).any()  # of a single episode nothing is known
 
 
