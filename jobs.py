@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval import compare_correct
 from weights import write_aside
 
 ROOT = Path(__file__).resolve().parent
@@ -145,3 +146,20 @@ def read_records(records: Path) -> dict[str, list[dict]]:
         record = json.loads(path.read_text())
         found.setdefault(record["row"], []).append(record)
     return found
+
+
+def verdict(left: list[dict], right: list[dict]) -> str:
+    """Whether left > right holds: the paired interval over questions excludes 0 and no seed of several disagrees.
+
+    Of each run: "name", "seed", "average": {"em": of its sets}, "correct": a digit for each question of each set.
+    """
+    seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
+    left, right = ([run for run in side if run["seed"] in seeds] for side in (left, right))
+    mean, low, high = compare_correct(left, right)["average"]
+    each = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
+    word = "undecided" if len(each) > 1 else "one seed"
+    if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
+        word = "holds" if low > 0 else "reversed"
+    by_seed = ", ".join(f"{value:+.3f}" for value in each)
+    names = f"{left[0]['name']} > {right[0]['name']}"
+    return f"{names:44} {word:9} {mean:+.4f} [{low:+.4f}, {high:+.4f}]  seeds {by_seed}"

@@ -38,6 +38,7 @@ from jobs import (
     seconds,
     torchrun,
     train_job,
+    verdict,
     write_json,
 )
 from model import load_decoder
@@ -350,20 +351,6 @@ def plot(records: Path) -> None:
         plot_sizes({label: [(size, float(np.mean([run["average"]["em"] for run in found[name]])))
                             for size, name in zip(sizes.values(), names, strict=True)]
                     for label, names in series.items()}, records.with_name(f"{records.name}-figure-3.png"))
-
-
-def verdict(left: list[dict], right: list[dict]) -> str:
-    """Whether left > right holds: the paired interval over questions excludes 0 and no seed of several disagrees."""
-    seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
-    left, right = ([run for run in side if run["seed"] in seeds] for side in (left, right))
-    mean, low, high = evaluation.compare_correct(left, right)["average"]
-    each = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
-    word = "undecided" if len(each) > 1 else "one seed"
-    if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
-        word = "holds" if low > 0 else "reversed"
-    by_seed = ", ".join(f"{value:+.3f}" for value in each)
-    names = f"{left[0]['name']} > {right[0]['name']}"
-    return f"{names:34} {word:9} {mean:+.4f} [{low:+.4f}, {high:+.4f}]  seeds {by_seed}"
 
 
 def stability(curve: list[dict]) -> tuple[float, float]:

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from data import TEST_SETS
-from eval import NAMES, align, bootstrap
-from jobs import CORES, ROOT, Job, parse_experiment, read_records, run_jobs, seconds, write_json
+from eval import NAMES, align
+from jobs import CORES, ROOT, Job, parse_experiment, read_records, run_jobs, seconds, verdict, write_json
 
 SEEDS = (0, 1, 2)
 READERS = ROOT / "runs" / "readers"
@@ -147,28 +147,17 @@ def report(records: Path) -> str:
     lines += ["Differences of the averages over sets, paired 95 % interval; small and large generator\n"]
     for left, right in COMPARED:
         if left in found and right in found:
-            lines += [verdict(found[left], found[right], label) for label in GENERATORS]
+            lines += [f"{label}: {verdict(*(answered(found[name], label) for name in (left, right)))}"
+                      for label in GENERATORS]
     return "\n".join(lines)
 
 
-def verdict(left: list[dict], right: list[dict], label: str) -> str:
-    """Whether left > right holds: the interval excludes 0 and no seed of several disagrees."""
-    if right[0]["seed"] is None:  # a baseline is the same for every seed
-        right = [right[0] | {"seed": run["seed"]} for run in left]
-    seeds = sorted({run["seed"] for run in left} & {run["seed"] for run in right})
-    sides = [[next(run for run in side if run["seed"] == seed) for seed in seeds] for side in (left, right)]
-    each = [a["average"][f"em {label}"] - b["average"][f"em {label}"] for a, b in zip(*sides, strict=True)]
-
-    def mean(side: list[dict], part: str) -> np.ndarray:
-        return np.mean([np.array([*run["correct"][label][part]], float) for run in side], axis=0)
-
-    value, low, high = bootstrap({part: mean(sides[0], part) - mean(sides[1], part) for part in TEST_SETS})["average"]
-    word = "undecided" if len(each) > 1 else "one seed"
-    if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
-        word = "holds" if low > 0 else "reversed"
-    names = f"{ROWS[left[0]['row']].label} > {ROWS[right[0]['row']].label}"
-    return (f"{names:44} {label:5} {word:9} {value:+.4f} [{low:+.4f}, {high:+.4f}]  seeds "
-            + ", ".join(f"{one:+.3f}" for one in each))  # fmt: skip
+def answered(runs: list[dict], label: str) -> list[dict]:
+    """What one generator made of the passages, as `verdict` compares it; a baseline is the same for each seed."""
+    if runs[0]["seed"] is None:
+        runs = [runs[0] | {"seed": seed} for seed in SEEDS]
+    return [{"name": ROWS[run["row"]].label, "seed": run["seed"], "correct": run["correct"][label],
+             "average": {"em": run["average"][f"em {label}"]}} for run in runs]
 
 
 def main(argv: list[str]) -> None:

@@ -17,8 +17,8 @@ import reproduce
 import reproduce_bard
 import reproduce_qagent
 import train
-from jobs import Job, run_jobs
-from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, read_records, row_jobs, verdict
+from jobs import Job, run_jobs, verdict
+from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, read_records, row_jobs
 
 
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
@@ -338,8 +338,8 @@ def test_the_report_of_qagent_compares_agents_with_each_other_and_with_naive_sea
         qagent_record(tmp_path, "stage-2", seed, 7)
         qagent_record(tmp_path, "stage-1", seed, 8 if seed else 7)
     text = reproduce_qagent.report(tmp_path)
-    assert re.search(r"stages 1 and 2 > naive RAG, 5 passages +small holds +\+0\.3000", text)
-    assert re.search(r"stages 1 and 2 > stage 1 +large undecided .* seeds \+0\.000, -0\.100, -0\.100", text)
+    assert re.search(r"small: stages 1 and 2 > naive RAG, 5 passages +holds +\+0\.3000", text)
+    assert re.search(r"large: stages 1 and 2 > stage 1 +undecided .* seeds \+0\.000, -0\.100, -0\.100", text)
     assert "no agent was trained with it" in text and "Search-R1" not in text
     with pytest.raises(RuntimeError, match="reproduce_qagent.py run"):
         reproduce_qagent.report(tmp_path / "nothing")
