@@ -12,7 +12,7 @@ What is a reconstruction, because the paper's own choice was not available; what
   what is counted             tokens strictly inside <think> and </think>, over all turns
   budgets                     one of them drawn for each question                                    --budgets
   prompt of the compressor    COMPRESS_PROMPT, in our own words                                      --compress-prompt
-  acceptance                  the teacher finds the answer when it reads the chain; retries          --compress-tries
+  acceptance                  the teacher finds the answer when it reads a model's chain; retries    --compress-tries
                               length in [min_fill * b, b]                                            --min-fill
                               a question stays when it has versions for half of its budgets
   reinforcement               GRPO, one budget a group, groups without a difference skipped          --advantage gae

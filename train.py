@@ -742,7 +742,8 @@ def compress_chains(run: Run, retriever: Retriever | None, questions: list[Quest
     if run.rank == 0:  # the others have nothing to wait for
         rules = settings.compressor == "trails"
         compressor = None if rules else frozen(load_policy(settings.compressor, run.device, "compressor", dtype))
-        run.say(bard.write_versions(settings.episodes, chains, Tokenizer.load(settings.student), compressor, teacher,
+        checker = None if rules else teacher  # rules say the answer; who has seen natural chains alone may misread them
+        run.say(bard.write_versions(settings.episodes, chains, Tokenizer.load(settings.student), compressor, checker,
                                     settings, seed=settings.seed))
 
 

@@ -438,14 +438,16 @@ def test_the_metrics_of_a_step_count_who_kept_to_the_budget_itself_included(toke
 # ---- a run ----
 
 
-def test_the_data_phase_reads_a_file_of_chains_and_needs_no_search(tmp_path, tokenizer, capsys):
+@pytest.mark.parametrize("teacher", ["", str(ROOT / "world" / "teacher")])  # what rules wrote it is not asked about
+def test_the_data_phase_reads_a_file_of_chains_and_needs_no_search(tmp_path, tokenizer, capsys, teacher):
     chains, out = tmp_path / "chains.jsonl", tmp_path / "versions.jsonl"
     rows = [{"id": q.id, "question": q.question, "golden_answers": list(q.golden_answers), "chain": c}
             for q, c in trail_chains(8)]  # fmt: skip
     chains.write_text("".join(json.dumps(row) + "\n" for row in rows))
     student = str(ROOT / "world" / "student")
     train.main(["--config", "none", "--phase", "bard-data", "--chains", str(chains), "--episodes", str(out), "--prompt",
-                "short", "--student", student, "--budgets", "16,48,120", "--budget-text", "#{budget}"])  # fmt: skip
+                "short", "--student", student, "--teacher", teacher, "--budgets", "16,48,120", "--budget-text",
+                "#{budget}"])  # fmt: skip
     assert "versions of 8 chains" in capsys.readouterr().out
     assert {e.question.budget for e in load_episodes(out, tokenizer, prompt="short")} == {16, 48, 120}
 
