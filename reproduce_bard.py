@@ -9,8 +9,8 @@ Rows
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
-Each distils on about as many episodes (up to four versions of a chain, or the chain four times), and each row that is
-reinforced takes the same steps. Resumable row by row, as reproduce.py is.
+Each distils on about as many episodes (up to eight versions of a chain twice, or the chain fifteen times), and each row
+that is reinforced takes the same steps. Resumable row by row, as reproduce.py is.
 """
 
 import json
@@ -29,9 +29,9 @@ from plots import plot_budgets
 
 SEEDS = (0, 1, 2)
 TRAILS = ROOT / "runs" / "trails"
-TRAINED, HELD_OUT = (16, 32, 64, 128, 256), (24, 48, 96, 192)  # of configs/bard.toml; the others are interpolated
+TRAINED, HELD_OUT = (32, 64, 128, 256, 384), (48, 96, 192, 288)  # of configs/bard.toml; the others are interpolated
 MEASURED = tuple(sorted(TRAINED + HELD_OUT))
-NUM_QUESTIONS = 300  # of the 500 test questions; 100 at every one of the trained budgets
+NUM_QUESTIONS = 200  # of the 500 test questions; 100 at every one of the trained budgets
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
 
 ROWS = {
-    "agnostic": Row("agnostic, truncated", "sft", flags=("--epochs", "4", "--batch-size", "16", "--kd-lr", "2e-3"),
+    "agnostic": Row("agnostic, truncated", "sft", flags=("--epochs", "15", "--batch-size", "16", "--kd-lr", "2e-3"),
                     told=False),
     "sft": Row("SFT only", "bard-sft"),
     "rl": Row("RL only", "bard-rl", "agnostic"),
@@ -70,7 +70,7 @@ def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[in
             command = ["train.py", *PRESETS, "--phase", row.phase, *row.flags, "--student", str(student), "--episodes",
                        str(episodes), "--run-dir", str(folder), "--seed", str(seed), "--save-every", "20", "--resume"]
             if not row.told:
-                command += ["--budget-text", "", "--budgets", "--eval-every", "0"]
+                command += ["--budget-text", "", "--budgets", "--eval-every", "500"]
             needs = (f"data {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
             jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
             jobs += measure_jobs(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json")

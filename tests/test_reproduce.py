@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_reproduce.py
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -243,20 +244,26 @@ def test_rows_bring_those_that_they_begin_from_and_keep_the_order_of_all(tmp_pat
         jobs.parse_experiment(["rows", "--rows", "kdd"], "p", "doc", ROWS, SEEDS, "rows", ("rows",))
 
 
+def settings_of(jobs: list[Job], measured: type, shared: tuple[str, ...]) -> dict[str, Any]:
+    """By name of the job: what train.py, or the program that measures, reads from its flags."""
+    found = {}
+    for job in jobs:
+        program, *flags = job.flags()
+        if program == "train.py":
+            found[job.name] = train.with_defaults(
+                config.load(train.TrainSettings, flags, prog=program, description=""))
+        else:
+            flags = flags[flags[0] == "measure" :]  # qagent.py's
+            found[job.name] = config.load(measured, flags, prog=program, description="", shared=shared)
+    return found
+
+
 # ---- BARD ----
 
 
 def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
     jobs = reproduce_bard.row_jobs(tmp_path / "runs", tmp_path / "records", list(reproduce_bard.ROWS), [1])
-    phases = {}
-    for job in jobs:
-        program, *flags = job.flags()
-        if program == "train.py":
-            settings = config.load(train.TrainSettings, flags, prog=program, description="")
-            phases[job.name] = train.with_defaults(settings)
-        else:
-            phases[job.name] = config.load(
-                evaluation.EvalSettings, flags, prog=program, description="", shared=evaluation.SHARED)
+    phases = settings_of(jobs, evaluation.EvalSettings, evaluation.SHARED)
     assert phases["data 1"].phase == "bard-data" and phases["data 1"].budgets
     assert not phases["agnostic 1"].budgets and phases["agnostic 1"].episodes.endswith("chains.jsonl")
     assert phases["agnostic 1"].phase == "sft" and phases["measure agnostic 1"].budget_text == ""
@@ -289,8 +296,8 @@ def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
         jobs.write_json(tmp_path / f"bard-{seed}.json", record | every)
     text = reproduce_bard.report(tmp_path)
     assert "its 2 trained budgets, 100 questions a seed: mean 0.950, least 0.910; below 0.95: 17 0.910" in text
-    assert "BARD > agnostic, truncated: 16 +0.300!" in text and "BARD > SFT only: 16 +0.000 " in text
-    assert "24*" in text and "RL only" not in text
+    assert "BARD > agnostic, truncated: 32 +0.300!" in text and "BARD > SFT only: 32 +0.000 " in text
+    assert "48*" in text and "RL only" not in text
     with pytest.raises(RuntimeError, match="reproduce_bard.py run"):
         reproduce_bard.report(tmp_path / "nothing")
 
@@ -300,16 +307,7 @@ def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
 
 def test_every_row_of_qagent_is_a_command_that_its_settings_accept(tmp_path):
     jobs = reproduce_qagent.row_jobs(tmp_path / "runs", tmp_path / "records", list(reproduce_qagent.ROWS), [0, 1])
-    phases = {}
-    for job in jobs:
-        program, *flags = job.flags()
-        if program == "train.py":
-            settings = config.load(train.TrainSettings, flags, prog=program, description="")
-            phases[job.name] = train.with_defaults(settings)
-        else:
-            assert flags.pop(0) == "measure"
-            phases[job.name] = config.load(
-                qagent.SearchSettings, flags, prog="qagent.py measure", description="", shared=qagent.SHARED)
+    phases = settings_of(jobs, qagent.SearchSettings, qagent.SHARED)
     assert phases["stage-2 1"].stage == 2 and phases["stage-2 1"].student.endswith("stage-1-1")
     assert phases["stage-2 1"].generator.endswith("small") and phases["published-hit 1"].hit_in == "trajectory"
     assert phases["search-r1 1"].protocol == "search-r1" and phases["search-r1 1"].advantage == "group"
