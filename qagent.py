@@ -376,10 +376,10 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
     labels = [g if is_remote(g) else Path(g).name for g in settings.generators or (settings.generator,)]
     if len(set(labels)) < len(labels):
         raise ValueError(f"--generators: got {labels}, expected names that differ")
+    sets = read_sets(settings.questions, settings.limit)  # a wrong file is told before models are loaded
     dtype = getattr(torch, settings.dtype)
     generators = {label: load_generator(replace(settings, generator=given), dtype=dtype)
                   for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
-    sets = read_sets(settings.questions, settings.limit)
     result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
     out = Path(settings.out or f"runs/eval/{name}")
     out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ Rows (the paper's Tables 2 to 4)
     stage-1           GRPO on format and exact match of the agent's own answer
     stage-1-longer    the same for as many steps as stages 1 and 2
     stage-2           after stage-1: GRPO on the answer of the small generator, and whether passages hold an answer
-    published-hit     the same, but an answer in the agent's own words counts as found, as in the official code
+    stage-2-alone     from the untrained agent: as many steps as stage 1
+    published-hit     stages 1 and 2, but an answer in the agent's own words counts as found, as in the official code
     untrained-r1      as untrained, after as many demonstrations in Search-R1's protocol
     search-r1         the same, then GRPO on exact match for as many steps
 The small generator trained stage-2; none of the agents was trained with the large one. Resumable row by row.
@@ -55,11 +56,15 @@ ROWS = {
     "stage-1": Row("stage 1", "qagent", "untrained", ("--stage", "1", "--steps", str(STEPS))),
     "stage-1-longer": Row("stage 1, longer", "qagent", "stage-1", ("--stage", "1", "--steps", str(MORE_STEPS))),
     "stage-2": Row("stages 1 and 2", "qagent", "stage-1", ("--stage", "2", "--steps", str(MORE_STEPS))),
+    "stage-2-alone": Row("stage 2 alone", "qagent", "untrained", ("--stage", "2", "--steps", str(STEPS))),
     "published-hit": Row("with the published hit", "qagent", "stage-1",
                          ("--stage", "2", "--hit-in", "trajectory", "--steps", str(MORE_STEPS))),
 }  # fmt: skip
-COMPARED = [("stage-2", other) for other in ("naive", "untrained", "stage-1", "stage-1-longer", "search-r1",
-                                             "published-hit")] + [("stage-1", "untrained")]  # fmt: skip
+COMPARED = [
+    *(("stage-2", other) for other in ("naive", "untrained", "stage-1", "stage-1-longer", "search-r1",
+                                       "published-hit")),
+    ("stage-1", "untrained"), ("stage-2-alone", "untrained"), ("stage-2-alone", "stage-1"),
+]  # fmt: skip
 PRESETS = ["--config", "configs/world.toml", "configs/qagent-world.toml"]
 
 
