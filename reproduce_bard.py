@@ -9,7 +9,7 @@ Rows
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
-Each distils on about as many episodes (up to eight versions of a chain twice, or the chain fifteen times), and each row
+Each distils on about as many tokens (up to eight versions of a chain twice, or the chain ten times), and each row
 that is reinforced takes the same steps. Resumable row by row, as reproduce.py is.
 """
 
@@ -44,7 +44,7 @@ class Row:
 
 
 ROWS = {
-    "agnostic": Row("agnostic, truncated", "sft", flags=("--epochs", "15", "--batch-size", "16", "--kd-lr", "2e-3"),
+    "agnostic": Row("agnostic, truncated", "sft", flags=("--epochs", "10", "--batch-size", "16", "--kd-lr", "2e-3"),
                     told=False),
     "sft": Row("SFT only", "bard-sft"),
     "rl": Row("RL only", "bard-rl", "agnostic"),
