@@ -154,6 +154,9 @@ def verdict(left: list[dict], right: list[dict]) -> str:
     Of each run: "name", "seed", "average": {"em": of its sets}, "correct": a digit for each question of each set.
     """
     seeds = {run["seed"] for run in left} & {run["seed"] for run in right}
+    names = f"{left[0]['name']} > {right[0]['name']}"
+    if not seeds:
+        return f"{names:44} no seed in common"
     left, right = ([run for run in side if run["seed"] in seeds] for side in (left, right))
     mean, low, high = compare_correct(left, right)["average"]
     each = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
@@ -161,5 +164,4 @@ def verdict(left: list[dict], right: list[dict]) -> str:
     if len(each) > 1 and (low > 0 and min(each) > 0 or high < 0 and max(each) < 0):
         word = "holds" if low > 0 else "reversed"
     by_seed = ", ".join(f"{value:+.3f}" for value in each)
-    names = f"{left[0]['name']} > {right[0]['name']}"
     return f"{names:44} {word:9} {mean:+.4f} [{low:+.4f}, {high:+.4f}]  seeds {by_seed}"

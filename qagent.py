@@ -5,7 +5,8 @@ generator. It learns by GRPO (train.py --phase qagent) in two stages; equations 
     stage 1   R = 1[format] EM(answer)                        rewards the whole chain, end to end
     stage 2   R = EM(generator's answer) + 0.5 Hit            rewards what was found, as a frozen generator sees it
 
-Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), with reasons; an option gives theirs
+Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), with reasons; theirs by the option at the
+right, where there is one
  1. Everything is read from the recorded episode. There, regular expressions over the whole text also match the notice
     after an invalid action.
  2. Hit looks at retrieved passages alone; there, and in the paper, at the whole trajectory, so that an agent is paid
@@ -14,7 +15,10 @@ Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), wi
     not even at the borders of words ("no" in "know")                                        --answer-match within
  4. The generator reads passages once each, title and text, in the order in which they were found; there, texts alone
     in the order of a set.
-As published: an episode that never searches has the right format; nothing rewards fewer passages.
+ 5. The instruction opens the user's message; there it is the system's. A turn that its length cuts off gets a notice
+    and another turn; there it ends the episode.
+As published: an episode that never searches has the right format; nothing rewards fewer passages; a hit is a gold
+answer anywhere in a passage, not even at the borders of words.
 
     python qagent.py search "who wrote ..." --model runs/qagent          passages, and how they were found
     python qagent.py answer "who wrote ..." --model runs/qagent --generator DIR     a generator's answer from them
@@ -45,7 +49,7 @@ import torch
 
 import config
 from config import setting
-from data import TEST_SETS, Question, exact_match, f1, hit, normalize_answer
+from data import TEST_SETS, Question, f1, hit, is_correct, normalize_answer, replace_surrogates
 from episode import Episode, episode_text
 from eval import align, gold_passages, read_sets
 from model import Tokenizer, load_decoder
@@ -136,9 +140,10 @@ def rewards(
     if settings.stage == 1:
         return [stage_1(is_well_formed(e, tokenizer), e.score) for e in episodes]
     answers = generator([e.question for e in episodes], [collected(e) for e in episodes])
-    match = {"strict": exact_match, "within": within}[settings.answer_match]
-    return [stage_2(match(answer, e.question.golden_answers), has_hit(e, tokenizer, settings.hit_in),
-                    settings.hit_weight) for answer, e in zip(answers, episodes, strict=True)]
+    strict = settings.answer_match == "strict"
+    return [stage_2(is_correct(answer, e.question) if strict else within(answer, e.question.golden_answers),
+                    has_hit(e, tokenizer, settings.hit_in), settings.hit_weight)
+            for answer, e in zip(answers, episodes, strict=True)]  # fmt: skip
 
 
 # ---- the frozen generator ----
@@ -175,7 +180,12 @@ def local_generator(policy: Policy, settings: QAgentSettings) -> Generator:
 
 
 def final_answer(text: str) -> str:
-    """What a generator says at last: after its thinking, if it thinks first; within answer tags, if it writes them."""
+    """What a generator says at last: after its thinking, if it thinks first; within answer tags, if it writes them.
+
+    Nothing, if it was cut off while it thought.
+    """
+    if "<think>" in text and "</think>" not in text:
+        return ""
     action = parse_action(text := text.rpartition("</think>")[2])
     return action.content if action.kind == "answer" else text.strip()
 
@@ -190,7 +200,8 @@ def remote_generator(settings: QAgentSettings) -> Generator:
         for attempt in range(settings.generator_tries):
             try:
                 with urllib.request.urlopen(request, timeout=settings.generator_timeout_s) as response:
-                    return final_answer(json.load(response)["choices"][0]["message"]["content"])
+                    answer = json.load(response)["choices"][0]["message"]["content"]
+                    return final_answer("" if answer is None else answer)  # null: cut off while it thought
             except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
             time.sleep(min(10.0, 0.5 * 2**attempt) if attempt + 1 < settings.generator_tries else 0)
@@ -248,6 +259,7 @@ class SearchSettings(QAgentSettings):
     prompt: str = setting("qagent", "'qagent' (our words), 'short', or a file with {question} (the published text)")
     model: str = setting("runs/qagent", "checkpoint that searches")
     dtype: str = setting("float32", "dtype of agent and generators", choices=("float32", "bfloat16"))
+    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
     corpus: str = setting("", "passages, JSONL")
     encoder: str = setting("", "checkpoint of the passage encoder")
     index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
@@ -295,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most {MAX_QUESTION} "
                              "characters")
         with self.lock:
-            found = type(self).look_up(question)
+            found = type(self).look_up(replace_surrogates(question))
         passages = [{"id": p.id, "title": p.title, "text": p.text} for p in found.passages]
         return {"passages": passages, "queries": found.queries, "trace": found.trace}
 
@@ -350,7 +362,7 @@ def measure(
         for label, generator in generators.items():
             for row, question, answer in zip(some, questions, generator(questions, found), strict=True):
                 golds = question.golden_answers
-                row |= {f"answer {label}": answer, f"em {label}": exact_match(answer, golds),
+                row |= {f"answer {label}": answer, f"em {label}": is_correct(answer, question),
                         f"within {label}": within(answer, golds), f"f1 {label}": f1(answer, golds)}
         rows += some
     sets = {}
@@ -378,7 +390,7 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
         raise ValueError(f"--generators: got {labels}, expected names that differ")
     sets = read_sets(settings.questions, settings.limit)  # a wrong file is told before models are loaded
     dtype = getattr(torch, settings.dtype)
-    generators = {label: load_generator(replace(settings, generator=given), dtype=dtype)
+    generators = {label: load_generator(replace(settings, generator=given), pick_device(settings), dtype)
                   for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
     result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
     out = Path(settings.out or f"runs/eval/{name}")
@@ -392,6 +404,10 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
 
 
 # ---- the program ----
+
+
+def pick_device(settings: SearchSettings) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
 
 
 def main(argv: list[str]) -> None:
@@ -412,13 +428,13 @@ def main(argv: list[str]) -> None:
     if not (settings.corpus and settings.encoder):
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
                          "--corpus and --encoder")
-    dtype = getattr(torch, settings.dtype)
-    generator = load_generator(settings, dtype=dtype) if command == "answer" else None
+    dtype, device = getattr(torch, settings.dtype), pick_device(settings)
+    generator = load_generator(settings, device, dtype) if command == "answer" else None
     policy = retriever = None
     if command != "measure" or settings.passages == "agent":
-        policy = Policy(load_decoder(settings.model, dtype=dtype), Tokenizer.load(settings.model))
+        policy = Policy(load_decoder(settings.model, dtype=dtype, device=device), Tokenizer.load(settings.model))
     if command != "measure" or settings.passages != "none":
-        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None)
+        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
     if command == "measure":
         return run_measure(settings, policy, retriever)
 

@@ -81,8 +81,9 @@ def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[in
                 continue
             trained = bool(ROWS[row.begins].phase)
             student = runs / f"{row.begins}-{seed}" if trained else READERS / f"{row.protocol}-agent"
+            drawn = seed + 100 * trained  # a seed says which questions each step asks: others than before
             command = ["train.py", *PRESETS, "--phase", row.phase, "--protocol", row.protocol, *row.flags, "--student",
-                       str(student), "--run-dir", str(folder), "--seed", str(seed), "--resume"]  # fmt: skip
+                       str(student), "--run-dir", str(folder), "--seed", str(drawn), "--resume"]  # fmt: skip
             needs = (f"{row.begins} {seed}",) if trained else ()
             jobs.append(Job(f"{name} {seed}", lambda command=command: command, folder / "model.safetensors", needs))
             jobs.append(measure_job(name, seed, folder, runs / f"eval-{name}-{seed}", records / f"{name}-{seed}.json"))
@@ -152,15 +153,16 @@ def report(records: Path) -> str:
     lines += ["Differences of the averages over sets, paired 95 % interval; small and large generator\n"]
     for left, right in COMPARED:
         if left in found and right in found:
-            lines += [f"{label}: {verdict(*(answered(found[name], label) for name in (left, right)))}"
+            seeds = [run["seed"] for run in found[left]]
+            lines += [f"{label}: {verdict(*(answered(found[name], label, seeds) for name in (left, right)))}"
                       for label in GENERATORS]
     return "\n".join(lines)
 
 
-def answered(runs: list[dict], label: str) -> list[dict]:
+def answered(runs: list[dict], label: str, seeds: Sequence[int]) -> list[dict]:
     """What one generator made of the passages, as `verdict` compares it; a baseline is the same for each seed."""
     if runs[0]["seed"] is None:
-        runs = [runs[0] | {"seed": seed} for seed in SEEDS]
+        runs = [runs[0] | {"seed": seed} for seed in seeds]
     return [{"name": ROWS[run["row"]].label, "seed": run["seed"], "correct": run["correct"][label],
              "average": {"em": run["average"][f"em {label}"]}} for run in runs]
 

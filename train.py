@@ -369,8 +369,8 @@ def reinforce(
     first = run.start(settings.steps, settings.minibatch_size, networks,
                       {f"{name}_adam": adam for name, adam in adams.items()})
 
-    # An agent that finds passages for a generator need not answer itself.
-    watched = "rollout/reward" if settings.phase == "qagent" and settings.stage == 2 else "rollout/score"
+    # Who is paid for a short thought, or for passages, may answer less often.
+    watched = "rollout/reward" if settings.phase in SKIPPING else "rollout/score"
 
     def check_collapse() -> None:  # questions, not episodes: those of a group succeed and fail together
         if settings.stop_on_collapse and (signs := signs_of_collapse(run.history, num_episodes // group_size, watched)):
@@ -615,6 +615,13 @@ def with_defaults(settings: TrainSettings) -> TrainSettings:
     advantage = settings.advantage or ("group" if phase in GROUPED else "gae")
     if phase == "qagent" and settings.stage not in (1, 2):
         raise ValueError(f"--stage {settings.stage}: expected 1 or 2")
+    spoken = {"qagent": "qagent", "bard-sft": "search-r1", "bard-rl": "search-r1"}.get(phase, settings.protocol)
+    if settings.protocol != spoken:
+        raise ValueError(f"--protocol {settings.protocol}: got it for phase {phase}, whose reward reads the tags of "
+                         f"{spoken}; give --protocol {spoken}")
+    if phase in SKIPPING and settings.kl_where == "wrong" and advantage == "group" and settings.kl_in == "reward":
+        raise ValueError("--kl-in reward: got it with --kl-where wrong and advantages of groups, which would blow "
+                         "the KL of a group that is all wrong up to the size of a right answer; give --kl-in loss")
     if phase in REINFORCE and advantage == "group" and not 2 <= settings.group_size <= settings.prompts_per_step:
         raise ValueError(f"--group-size {settings.group_size}: expected at least 2, and at most --prompts-per-step "
                          f"({settings.prompts_per_step}), which counts episodes")
@@ -672,11 +679,11 @@ def train(run: Run) -> None:
             asked = draw_budgets(val_questions, settings.budgets, 0)[at:end]
             episodes = generate(student, retriever, asked, settings, seed=settings.seed + 1, first_episode=at)
         kept = [num_thinking_tokens(e, student.tokenizer) <= e.question.budget for e in episodes if settings.budgets]
-        reward = sum(score(episodes)) if settings.phase == "qagent" else 0.0
+        reward = sum(score(episodes)) if settings.phase in SKIPPING else 0.0
         correct, adhered, reward, n = sum_over_processes(*map(torch.tensor, (
             sum(e.score for e in episodes), sum(kept), reward, len(episodes))))
         result = {"eval/score": correct / max(1, n)}
-        result |= {"eval/reward": reward / max(1, n)} if settings.phase == "qagent" else {}
+        result |= {"eval/reward": reward / max(1, n)} if settings.phase in SKIPPING else {}
         return result | ({"eval/adherence": adhered / max(1, n)} if settings.budgets else {})
 
     if settings.phase in DISTIL:

@@ -141,6 +141,20 @@ def test_settings_out_of_range_are_refused(flag, value):
         train.with_defaults(train.TrainSettings(phase="bard-data", budgets=(16,), **{flag: value}))
 
 
+@pytest.mark.parametrize(("phase", "protocol"), [("qagent", "search-r1"), ("bard-rl", "qagent")])
+def test_a_reward_that_reads_other_tags_is_refused(phase, protocol):
+    with pytest.raises(ValueError, match=f"--protocol {protocol}: got it for phase {phase}"):
+        train.with_defaults(train.TrainSettings(phase=phase, budgets=(16,), protocol=protocol))
+
+
+def test_guidance_as_a_reward_of_groups_is_refused():
+    guided = {"phase": "bard-rl", "budgets": (16,), "kl_where": "wrong"}
+    with pytest.raises(ValueError, match="--kl-in loss"):
+        train.with_defaults(train.TrainSettings(**guided))
+    train.with_defaults(train.TrainSettings(**guided, kl_in="loss"))
+    train.with_defaults(train.TrainSettings(**guided, advantage="gae"))
+
+
 def test_training_with_a_hard_stop_is_refused():
     with pytest.raises(ValueError, match="--hard-stop"):
         train.with_defaults(train.TrainSettings(phase="bard-rl", budgets=(16,), hard_stop=True))

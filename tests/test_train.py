@@ -184,11 +184,13 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
         told = [json.loads(line) | {"budget": 4} for line in (mini / "episodes.jsonl").read_text().splitlines()]
         (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
         budgets += ["--episodes", str(tmp_path / "told.jsonl"), "--overwrite"]
-    rows = run(mini, tmp_path / "run", "--phase", phase, *budgets)
+    tags = ["--protocol", "qagent"] if phase == "qagent" else []
+    rows = run(mini, tmp_path / "run", "--phase", phase, *budgets, *tags)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
     assert all(isinstance(value, float | int) and value == value for row in rows for value in row.values())
     assert "eval/score" in rows[1] and ("eval/adherence" in rows[1]) == bool(budgets)
     assert ("rollout/equal_groups" in rows[0]) == (phase in train.SKIPPING)
+    assert ("eval/reward" in rows[1]) == (phase in train.SKIPPING)  # what the best weights are chosen by
     assert not any("second" in key for key in rows[0])
     assert load_decoder(tmp_path / "run").config.hidden_size == 16
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["phase"] == phase
