@@ -18,7 +18,8 @@ What is a reconstruction, because the paper's own choice was not available; what
   reinforcement               GRPO, one budget a group, groups without a difference skipped          --advantage gae
   fidelity                    1 within the budget, then linearly to 0 at (1 + tolerance) * b         --budget-tolerance
   a bonus for using it        0 by default                                                           --budget-use
-  other forms of the reward   additive; L1-Max's (Aggarwal and Welleck, 2025)                        --budget-reward
+  other forms of the reward   additive; L1-Max's (Aggarwal and Welleck, 2025); L1-Exact's and BudgetThinker's
+                              are not here                                                           --budget-reward
 Departures from analogues: L1 counts the whole response, here thinking alone; L1's code halves the slope of its formula
 (the formula is used).
 
@@ -160,7 +161,8 @@ def read_chains(path: str | Path) -> tuple[list[tuple[Question, str]], int]:
         if chain is None and isinstance(segments, list) and all(isinstance(s, dict) for s in segments):
             turns = [s.get("text") for s in segments if s.get("author") == "agent"]
             chain = turns[0] if len(turns) == 1 else ""
-            chain = chain.partition("</think>")[0] if isinstance(chain, str) and "</think>" in chain else ""
+            whole = isinstance(chain, str) and chain.lstrip().startswith("<think>") and "</think>" in chain
+            chain = chain.partition("</think>")[0] if whole else ""
         if not isinstance(chain, str) or not isinstance(answer, str | None):
             raise ValueError(f"{where}: got no chain, expected the teacher's reasoning as text under \"chain\", or an "
                              "episode")
@@ -270,7 +272,8 @@ def propose(
             text = text.replace(key, value)
         asked.append(replace(question, budget=None, prompt=[{"role": "user", "content": text}]))
     longest = max((q.budget for _, q, _ in wanted), default=0)
-    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=longest + 16, temperature=1.0, hard_stop=False)
+    room = max(longest + 16, settings.max_new_tokens)  # it may think before it writes
+    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=room, temperature=1.0, hard_stop=False)
     for k, episode in zip(open_places, generate(compressor, None, asked, rules, seed=seed, progress="compressor"),
                           strict=True):
         written = episode.segments[-1]
@@ -298,6 +301,9 @@ def write_versions(
 ) -> str:
     """Phase bard-data: the file that bard-sft reads, and beside it what was dropped; returns a line for the log."""
     chains, num_left_out = read_chains(chains_path)
+    if compressor and not checker and any(question.answer_kind != "text" for question, _ in chains):
+        raise ValueError(f"{chains_path}: got options or integers, which any text may contain, expected a teacher that "
+                         "finds them in the compressed chains; give --teacher")
     episodes, counts = compress(chains, student, compressor, checker, settings, seed=seed)
     if not episodes:
         raise ValueError(f"{path}: got no chain through the filters, expected some; {counts}; try other --budgets, a "

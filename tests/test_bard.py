@@ -287,6 +287,26 @@ def test_a_model_that_compresses_is_asked_in_words_and_what_it_leaves_open_is_no
     assert bard.propose(wanted, tokenizer, policy, BardSettings(), seed=0) == ["so   x", None, None]
 
 
+@pytest.mark.parametrize(("budget", "room"), [(4, 300), (900, 916)])
+def test_a_compressor_has_room_to_think_before_it_writes(tokenizer, monkeypatch, budget, room):
+    def generate(policy, retriever, questions, settings, **_):
+        assert settings.max_new_tokens == room
+        return [Episode(questions[0], [Segment("prompt", [1])])]
+
+    monkeypatch.setattr(bard, "generate", generate)
+    wanted = [(0, Question("q", "q", ("x",), "test", budget=budget), "Gate " * 999)]
+    settings = BardSettings(max_new_tokens=300)
+    assert bard.propose(wanted, tokenizer, Policy(None, tokenizer), settings, seed=0) == [None]
+
+
+def test_a_compressed_chain_of_a_choice_needs_a_teacher_to_check_it(tmp_path, tokenizer):
+    path = tmp_path / "chains.jsonl"
+    row = {"question": "a?", "golden_answers": ["C"], "chain": "so C", "answer": "C", "answer_kind": "choice"}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="give --teacher"):
+        bard.write_versions(tmp_path / "out", path, tokenizer, Policy(None, tokenizer), None, BardSettings(), seed=0)
+
+
 def test_a_checker_must_find_the_answer_when_it_reads_the_chain(tokenizer, monkeypatch):
     def generate(policy, retriever, questions, settings, *, shown, forced, **_):
         assert forced == "<answer>" and settings.temperature == 0
@@ -311,12 +331,14 @@ def test_chains_are_read_from_rows_and_from_episodes_and_wrong_ones_are_left_out
         {"id": 5, "question": "e?", "golden_answers": ["x"], "answer": "x",
          "segments": [{"author": "agent", "text": "<think> 1 </think> <search> s </search>"},
                       {"author": "agent", "text": "<think> 2 </think> <answer> x </answer>"}]},
+        {"id": 6, "question": "f?", "golden_answers": ["x"], "answer": "x",  # said more than it thought
+         "segments": [{"author": "agent", "text": "Well, <think> in f </think>\n<answer> x </answer>"}]},
     ]  # fmt: skip
     path = tmp_path / "chains.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, num_left_out = read_chains(path)
     assert [(q.question, chain) for q, chain in found] == [("a?", "so x"), ("c?", "so"), ("d?", "in d")]
-    assert num_left_out == 2
+    assert num_left_out == 3
     path.write_text(json.dumps(rows[0] | {"chain": "<think> so x </think>"}) + "\n")
     assert read_chains(path)[0][0][1] == "so x"
     for bad in ("so <think> x", "so </think> x", "<search> s </search>"):

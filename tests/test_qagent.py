@@ -96,6 +96,8 @@ def test_stage_2_is_the_generators_answer_and_half_a_hit(tokenizer):
     assert asked == [[["Ann was here"], ["nothing"], ["Ann was here"], ["nothing"]]]
     settings = QAgentSettings(stage=2, hit_weight=0.2)
     assert qagent.rewards(episodes[:1], tokenizer, lambda q, k: ["Bob"], settings) == [0.2]
+    number = replace(episodes[1], question=Question("q", "?", ("42",), "test", answer_kind="integer"))
+    assert qagent.rewards([number], tokenizer, lambda q, k: ["\\boxed{42}"], QAgentSettings(stage=2)) == [1.0]
 
 
 def test_the_published_hit_pays_guesses_in_the_plan_and_ours_does_not(tokenizer):
@@ -185,18 +187,20 @@ def test_a_local_generator_answers_in_batch_and_drops_what_does_not_fit(tokenize
 def test_what_a_generator_thinks_is_no_part_of_its_answer():
     assert qagent.final_answer("<think> Bob? no </think>\nAnn\n") == "Ann" == qagent.final_answer(" Ann ")
     assert qagent.final_answer("<think> Bob </think>\n<answer> Ann </answer>") == "Ann"
+    assert qagent.final_answer("<think> maybe Ann or Bob") == ""  # cut off
 
 
 class Server(BaseHTTPRequestHandler):
     failures = 0
     asked: list = []
+    content: str | None = "<think> Bob? </think> Ann \n"
 
     def do_POST(self):
         row = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).asked.append(row)
         ok = type(self).failures <= 0
         type(self).failures -= 1
-        choice = {"message": {"content": "<think> Bob? </think> Ann \n"}}
+        choice = {"message": {"content": type(self).content}}
         body = json.dumps({"choices": [choice]} if ok else {"error": "busy"}).encode()
         self.send_response(200 if ok else 503)
         self.send_header("Content-Length", str(len(body)))
@@ -226,6 +230,12 @@ def test_a_remote_generator_speaks_chat_completions_and_is_asked_again(server, m
     assert len(Server.asked) == 3
     assert (Server.asked[0]["model"], Server.asked[0]["temperature"]) == ("m", 0)
     assert "T\nAnn" in Server.asked[0]["messages"][0]["content"]
+
+
+def test_a_remote_generator_that_was_cut_off_while_it_thought_says_nothing(server, monkeypatch):
+    monkeypatch.setattr(Server, "content", None)
+    ask = qagent.remote_generator(QAgentSettings(generator=server, generator_tries=1))
+    assert ask([Question("q", "who?", ("Ann",), "test")], [[]]) == [""]
 
 
 def test_a_remote_generator_that_keeps_failing_ends_with_its_address(server, monkeypatch):
@@ -264,6 +274,11 @@ def post(url: str, body: bytes) -> tuple[int, dict]:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+def test_half_a_character_in_a_question_is_no_reason_to_hang_up(door):
+    status, found = post(f"{door}/search", b'{"question": "who \\ud800?"}')
+    assert status == 200 and found["queries"] == ["who \ufffd?"]
 
 
 def test_a_question_comes_in_by_the_door_and_passages_and_trace_go_out(door):

@@ -197,6 +197,7 @@ def test_an_ordering_holds_when_the_interval_excludes_zero_and_the_seeds_agree(t
     line = verdict(ours, theirs)
     assert line.startswith("DGPO > KD") and word in line
     assert "one seed" in verdict(ours[:1], theirs)
+    assert "no seed in common" in verdict(ours[:1], theirs[1:])
 
 
 def test_paired_intervals_are_of_the_same_questions(tmp_path):
@@ -315,6 +316,9 @@ def test_every_row_of_qagent_is_a_command_that_its_settings_accept(tmp_path):
     assert phases["measure untrained-r1"].model.endswith("readers/search-r1-agent")
     together = phases["stage-1 1"].steps + phases["stage-2 1"].steps  # equal compute
     assert phases["search-r1 1"].steps == together == phases["stage-1 1"].steps + phases["stage-1-longer 1"].steps
+    assert {phases[f"{name} 1"].seed for name in ("stage-1", "search-r1", "stage-2-alone")} == {1}
+    later = [phases[f"{name} 1"].seed for name in ("stage-2", "stage-1-longer", "published-hit")]
+    assert set(later) == {101}  # other questions than stage 1's
     assert phases["measure naive"].passages == "naive" and "measure naive 1" not in phases
     measured = phases["measure stage-2 1"]
     assert (measured.protocol, measured.temperature, measured.top_k, len(measured.generators)) == ("qagent", 0.0, 1, 2)
