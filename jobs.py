@@ -135,8 +135,10 @@ def result(out: Path) -> dict:
 
 
 def write_json(path: Path, found: dict) -> None:
+    """Paths in this repository are written as seen from it: a record is read elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, lambda partial: partial.write_text(json.dumps(found) + "\n"))
+    text = json.dumps(found).replace(f"{ROOT}/", "")
+    write_aside(path, lambda partial: partial.write_text(text + "\n"))
 
 
 def read_records(records: Path) -> dict[str, list[dict]]:

@@ -200,6 +200,11 @@ def test_an_ordering_holds_when_the_interval_excludes_zero_and_the_seeds_agree(t
     assert "no seed in common" in verdict(ours[:1], theirs[1:])
 
 
+def test_a_record_names_files_as_seen_from_the_repository(tmp_path):
+    jobs.write_json(tmp_path / "a.json", {"argv": [f"{jobs.ROOT}/runs/kd", "--seed"]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"argv": ["runs/kd", "--seed"]}
+
+
 def test_paired_intervals_are_of_the_same_questions(tmp_path):
     ours, theirs = (record(tmp_path, "dgpo", 0, {"nq": share}) for share in (0.51, 0.5))
     mean, low, high = evaluation.compare_correct([ours], [theirs])["average"]
