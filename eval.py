@@ -45,7 +45,7 @@ import config
 from config import setting
 from data import TEST_SETS, Question, check_budget, f1, hit, load_questions
 from episode import STATUSES, Episode, save_episodes
-from model import Tokenizer, load_decoder
+from model import Tokenizer, load_decoder, pick_device
 from plots import plot_budgets, plot_curves
 from protocol import PROTOCOLS, observation_ids
 from retriever import Passage, Retriever
@@ -358,9 +358,7 @@ def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
         if budget is not None:
             check_budget(budget, settings.max_context_tokens)
     sets = {name: [replace(q, budget=settings.budget) for q in some] for name, some in sets.items()}
-    device, name = settings.device, settings.name or Path(settings.model).name
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, name = pick_device(settings.device), settings.name or Path(settings.model).name
     out = Path(settings.out or f"runs/eval/{name}")
     decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     policy = Policy(decoder, Tokenizer.load(settings.model))

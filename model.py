@@ -344,6 +344,11 @@ class Critic(nn.Module):
         return self.values(ids)
 
 
+def pick_device(name: str) -> str:
+    """What --device says; auto: cuda where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def load_decoder(path: str | Path, *, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> Decoder:
     folder = resolve(path)

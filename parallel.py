@@ -22,13 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model import Critic, Decoder
+from model import Critic, Decoder, pick_device
 
 
 def start_processes(device: str, timeout_minutes: float) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device) under torchrun, or (0, 1, device) without it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, torch.device(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))

@@ -52,7 +52,7 @@ from config import setting
 from data import TEST_SETS, Question, f1, hit, is_correct, normalize_answer, replace_surrogates
 from episode import Episode, episode_text
 from eval import align, gold_passages, read_sets
-from model import Tokenizer, load_decoder
+from model import Tokenizer, load_decoder, pick_device
 from protocol import PROTOCOLS, merged, parse_action
 from retriever import Passage, Retriever
 from rollout import Policy, RolloutSettings, generate
@@ -390,7 +390,7 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
         raise ValueError(f"--generators: got {labels}, expected names that differ")
     sets = read_sets(settings.questions, settings.limit)  # a wrong file is told before models are loaded
     dtype = getattr(torch, settings.dtype)
-    generators = {label: load_generator(replace(settings, generator=given), pick_device(settings), dtype)
+    generators = {label: load_generator(replace(settings, generator=given), pick_device(settings.device), dtype)
                   for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
     result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
     out = Path(settings.out or f"runs/eval/{name}")
@@ -404,10 +404,6 @@ def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retr
 
 
 # ---- the program ----
-
-
-def pick_device(settings: SearchSettings) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
 
 
 def main(argv: list[str]) -> None:
@@ -428,7 +424,7 @@ def main(argv: list[str]) -> None:
     if not (settings.corpus and settings.encoder):
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
                          "--corpus and --encoder")
-    dtype, device = getattr(torch, settings.dtype), pick_device(settings)
+    dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
     generator = load_generator(settings, device, dtype) if command == "answer" else None
     policy = retriever = None
     if command != "measure" or settings.passages == "agent":
