@@ -54,7 +54,10 @@ def eval_job(name: str, model: Path, out: Path, *flags: str, needs: tuple[str, .
 
 
 def run_jobs(jobs: list[Job], logs: Path) -> None:
-    """Run the jobs in order as cores become free, each once its needs are met; stop at the first failure."""
+    """Run the jobs in order as cores become free, each once its needs are met; stop at the first failure.
+
+    A job that only finished ones need is left out: where the records of a run are kept, its weights need not be.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
@@ -83,7 +86,7 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
         return job
 
     met = {job.name for job in jobs if job.done.exists()}
-    waiting = [job for job in jobs if job.name not in met]
+    waiting = wanted(jobs, met)
     running: set[Future] = set()
     free = CORES
     with ThreadPoolExecutor(CORES) as pool:
@@ -101,6 +104,15 @@ def run_jobs(jobs: list[Job], logs: Path) -> None:
                 free += job.cores
                 met.add(job.name)
     print(f"[{time.perf_counter() - started:5.0f} s] all jobs done", flush=True)
+
+
+def wanted(jobs: list[Job], met: set[str]) -> list[Job]:
+    """The unfinished jobs that nothing depends on, and those that they need, in the order of all."""
+    needed = {name for job in jobs for name in job.needs}
+    names, of = {job.name for job in jobs} - needed - met, {job.name: job for job in jobs}
+    while more := {name for known in names if known in of for name in of[known].needs} - names - met:
+        names |= more
+    return [job for job in jobs if job.name in names]
 
 
 def parse_experiment(

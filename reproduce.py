@@ -162,9 +162,9 @@ def row_jobs(
 
             def flags(name=name, seed=seed, folder=folder, student=student) -> list[str]:
                 best = best_run(tuned or records, row_of_rate(name))
-                if tuned is None and seed == TUNING_SEED and not ROWS[name].rate_of:
-                    link = "import os, sys; os.symlink(*sys.argv[1:])"
-                    return ["-c", link, f"tune-{name}-{best['run']}", str(folder)]
+                chosen = runs / f"tune-{name}-{best['run']}"
+                if tuned is None and seed == TUNING_SEED and (chosen / "model.safetensors").exists():
+                    return ["-c", "import os, sys; os.symlink(*sys.argv[1:])", chosen.name, str(folder)]
                 return row_command(runs, name, seed, folder, student, best["times"], *teacher)
 
             needs = (f"episodes {seed}", *([f"{row.begins} {seed}"] if row.begins in ROWS else []))

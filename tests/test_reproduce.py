@@ -50,6 +50,20 @@ def test_a_job_waits_for_what_it_needs_and_finished_ones_are_not_run_again(tmp_p
     assert order(tmp_path) == ["a", "b", "c", "c"]
 
 
+def test_a_job_that_only_finished_ones_need_is_left_out(tmp_path):
+    """Records are kept and weights are not: only what the missing records need is trained again."""
+    jobs = [
+        job(tmp_path, "train", "pass"),
+        job(tmp_path, "measure", "pass", needs=("train",)),
+        job(tmp_path, "other", "pass"),
+        job(tmp_path, "next", "pass", needs=("other",)),
+        job(tmp_path, "last", "pass", needs=("next",)),
+    ]
+    (tmp_path / "measure.done").touch()
+    run_jobs(jobs, tmp_path / "logs")
+    assert sorted(order(tmp_path)) == ["last", "next", "other"]
+
+
 def test_a_failed_job_ends_the_experiment_with_the_end_of_its_log(tmp_path):
     jobs = [
         job(tmp_path, "bad", "sys.exit('no such checkpoint')"),
@@ -98,6 +112,10 @@ def tuned(records: Path, *scores: float) -> None:
 def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
     tuned(tmp_path / "records", 0.1, 0.3)
     phases, linked = {}, {}
+    tuning_runs = [tmp_path / "runs" / f"tune-{name}-1" for name, row in ROWS.items() if not row.rate_of]
+    for folder in tuning_runs[1:]:  # of the first, SeqKD's, the record alone is left
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
     for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0, 1]):
         program, *flags = job.flags()
         if program == "train.py":
@@ -117,7 +135,10 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
         if row.rate_of:  # chosen for another row: the first seed is a run like the others
             assert f"tune {name} 0" not in phases and phases[f"{name} 0"].run_dir.endswith(f"{name}-0")
             continue
-        assert linked[f"{name} 0"] == [f"tune-{name}-1", str(tmp_path / "runs" / f"{name}-0")]  # the better run
+        if name == "seqkd":
+            assert phases["seqkd 0"].kd_lr == phases["tune seqkd 1"].kd_lr
+        else:
+            assert linked[f"{name} 0"] == [f"tune-{name}-1", str(tmp_path / "runs" / f"{name}-0")]  # the better run
         for k, times in enumerate(reproduce.RATES):
             tuning = phases[f"tune {name} {k}"]
             assert getattr(tuning, at) == pytest.approx(getattr(preset, at) * times)
