@@ -51,11 +51,11 @@ from torch import Tensor, nn
 import rollout
 from data import Question
 from dgpo import kd_loss, policy_loss, value_loss
-from episode import Batch, pack
+from episode import Batch, micro_batches, pack
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, load_decoder, load_encoder, new_decoder
+from reinforce import token_logprobs
 from rollout import Policy, RolloutSettings
-from train import micro_batches, token_logprobs
 from weights import read_json, save_tensors, write_aside
 
 ROOT = Path(__file__).parent
@@ -611,7 +611,7 @@ def learn(values: Tensor, policy: Callable[[], tuple[Tensor, Tensor]], old: Tens
 
 
 def our_step(actor: Policy, critic: Critic, batch: Batch, old: Tensor) -> Tensor:
-    """As in train.reinforce; old [4, B, T]: log-probabilities, advantages, values, returns."""
+    """As in reinforce.reinforce; old [4, B, T]: log-probabilities, advantages, values, returns."""
     lengths, losses = batch.lengths(), torch.zeros(2, device=old.device)
     for group in micro_batches(lengths, -(-sum(lengths) // max(1, len(lengths) // 8))):
         packed, given = pack(batch, group, lengths), old[:, group][:, batch.response_mask[group]]  # [4, N]

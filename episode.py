@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import ANSWER_KINDS, BUDGET_TEXT, Question, build_messages, is_correct, parse_object
-from model import Tokenizer
+from model import Decoder, Tokenizer, shift
 from protocol import SEARCH_R1
 from retriever import Passage
 
@@ -155,6 +155,25 @@ def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows], dtype=torch.long)
     mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], dtype=torch.bool)
     return Batch(ids.view(-1, width), mask.view(-1, width))
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in order, grouped so that the lengths of a group sum to at most max_tokens (at least one row)."""
+    group, total = [], 0
+    for i, length in enumerate(lengths):
+        if group and total + length > max_tokens:
+            yield group
+            group, total = [], 0
+        group.append(i)
+        total += length
+    if group:
+        yield group
+
+
+def response_rows(decoder: Decoder, packed: Packed) -> Tensor:
+    """Hidden states that predict the response tokens: [N, D], in the order of packed.ids[response_mask]."""
+    hidden = decoder.hidden(packed.ids, documents=packed.documents)
+    return shift(hidden, packed.documents)[packed.response_mask]
 
 
 # ---- files ----

@@ -25,7 +25,6 @@ import numpy as np
 
 import config
 import eval as evaluation
-import train
 from jobs import (
     CORES,
     ROOT,
@@ -43,6 +42,7 @@ from jobs import (
 )
 from model import load_decoder
 from plots import plot_curves, plot_sizes
+from settings import DISTIL, TrainSettings
 
 SEEDS = (0, 1, 2)
 DEMO_QUESTIONS = 200  # of each test set; experiment main takes all
@@ -196,13 +196,13 @@ def row_of_rate(name: str) -> str:
 
 
 def rate_setting(phase: str) -> str:
-    return "kd_lr" if phase in train.DISTIL else "actor_lr"
+    return "kd_lr" if phase in DISTIL else "actor_lr"
 
 
-def row_settings(name: str) -> train.TrainSettings:
+def row_settings(name: str) -> TrainSettings:
     """What presets and flags of the row say."""
     presets = [str(ROOT / "configs" / f"{preset}.toml") for preset in ("world", *ROWS[name].presets)]
-    return config.load(train.TrainSettings, ["--config", *presets, *ROWS[name].flags], prog="train.py", description="")
+    return config.load(TrainSettings, ["--config", *presets, *ROWS[name].flags], prog="train.py", description="")
 
 
 def tuning_jobs(runs: Path, records: Path, name: str) -> list[Job]:

@@ -15,6 +15,7 @@ import torch
 import bard
 import eval as evaluation
 import plots
+import reinforce
 import trails
 import train
 from bard import BardSettings, additive, compress, fidelity, l1_max, multiplicative, read_chains, spearman
@@ -22,6 +23,7 @@ from data import Question, choice_match, draw_budgets, integer_match, load_quest
 from episode import Batch, Episode, Segment, load_episodes, num_thinking_tokens
 from model import Tokenizer
 from rollout import Policy
+from settings import TrainSettings, with_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-12  # of double precision
@@ -129,7 +131,7 @@ def test_budgets_depend_on_seed_and_place_alone_and_come_from_the_list():
 ])  # fmt: skip
 def test_budgets_that_cannot_be_are_refused(budgets, message):
     with pytest.raises(ValueError, match=message):
-        train.with_defaults(train.TrainSettings(phase="bard-rl", budgets=budgets))
+        with_defaults(TrainSettings(phase="bard-rl", budgets=budgets))
 
 
 @pytest.mark.parametrize(("flag", "value"), [
@@ -138,38 +140,38 @@ def test_budgets_that_cannot_be_are_refused(budgets, message):
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(flag, value):
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: got {value}, expected"):
-        train.with_defaults(train.TrainSettings(phase="bard-data", budgets=(16,), **{flag: value}))
+        with_defaults(TrainSettings(phase="bard-data", budgets=(16,), **{flag: value}))
 
 
 @pytest.mark.parametrize(("phase", "protocol"), [("qagent", "search-r1"), ("bard-rl", "qagent")])
 def test_a_reward_that_reads_other_tags_is_refused(phase, protocol):
     with pytest.raises(ValueError, match=f"--protocol {protocol}: got it for phase {phase}"):
-        train.with_defaults(train.TrainSettings(phase=phase, budgets=(16,), protocol=protocol))
+        with_defaults(TrainSettings(phase=phase, budgets=(16,), protocol=protocol))
 
 
 def test_guidance_as_a_reward_of_groups_is_refused():
     guided = {"phase": "bard-rl", "budgets": (16,), "kl_where": "wrong"}
     with pytest.raises(ValueError, match="--kl-in loss"):
-        train.with_defaults(train.TrainSettings(**guided))
-    train.with_defaults(train.TrainSettings(**guided, kl_in="loss"))
-    train.with_defaults(train.TrainSettings(**guided, advantage="gae"))
+        with_defaults(TrainSettings(**guided))
+    with_defaults(TrainSettings(**guided, kl_in="loss"))
+    with_defaults(TrainSettings(**guided, advantage="gae"))
 
 
 def test_training_with_a_hard_stop_is_refused():
     with pytest.raises(ValueError, match="--hard-stop"):
-        train.with_defaults(train.TrainSettings(phase="bard-rl", budgets=(16,), hard_stop=True))
+        with_defaults(TrainSettings(phase="bard-rl", budgets=(16,), hard_stop=True))
 
 
 def test_groups_without_a_difference_are_left_out():
     scores = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.0, 0.0])
-    assert train.equal_groups(scores, 2).tolist() == [True, False, True]
+    assert reinforce.equal_groups(scores, 2).tolist() == [True, False, True]
     mask = torch.ones(6, 3, dtype=torch.bool)
     batch = Batch(torch.zeros(6, 3, dtype=torch.long), mask)
-    left = train.skip_equal_groups(batch, scores, 2, kept=scores != scores).response_mask
+    left = reinforce.skip_equal_groups(batch, scores, 2, kept=scores != scores).response_mask
     assert left.any(1).tolist() == [False, False, True, True, False, False]
-    left = train.skip_equal_groups(batch, scores, 2, kept=scores < 0.1).response_mask  # a teacher guides wrong ones
+    left = reinforce.skip_equal_groups(batch, scores, 2, kept=scores < 0.1).response_mask  # a teacher guides wrong ones
     assert left.any(1).tolist() == [False, False, True, True, True, True]
-    assert not train.equal_groups(scores, 1).any()  # of a single episode nothing is known
+    assert not reinforce.equal_groups(scores, 1).any()  # of a single episode nothing is known
 
 
 # ---- data ----
@@ -466,7 +468,7 @@ def test_the_metrics_of_a_step_count_who_kept_to_the_budget_itself_included(toke
     length = num_thinking_tokens(Episode(Question("q", "?", ("b",), "t"), [Segment("agent", turn)]), tokenizer)
     episodes = [Episode(Question("q", "?", ("b",), "t", budget=b), [Segment("agent", turn)], "answered", "b")
                 for b in (length - 1, length, length + 9, length + 9)]  # fmt: skip
-    found = train.reward_metrics(episodes, torch.tensor([0.0, 1.0, 1.0, 1.0]), 2, tokenizer, "bard-rl")
+    found = reinforce.reward_metrics(episodes, torch.tensor([0.0, 1.0, 1.0, 1.0]), 2, tokenizer, "bard-rl")
     assert (found["rollout/adherence"], found["rollout/thinking"]) == (0.75, length)
     assert (found["rollout/reward"], found["rollout/equal_groups"]) == (0.75, 0.5)
 

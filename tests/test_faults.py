@@ -19,7 +19,9 @@ import pytest
 import torch
 from test_train import mini, run  # noqa: F401
 
+import distil
 import play
+import reinforce
 import train
 from checkpoint import newest_state, states
 from episode import Episode
@@ -212,14 +214,14 @@ def test_a_state_of_another_model_or_phase_is_refused_by_name(mini, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_counted_and_harms_nothing(mini, tmp_path, monkeypatch):
-    real, calls = train.distil_loss, []
+    real, calls = distil.distil_loss, []
 
     def broken(*given, **weights):
         calls.append(1)
         loss, kl = real(*given, **weights)
         return (loss * float("nan") if len(calls) == 2 else loss), kl
 
-    monkeypatch.setattr(train, "distil_loss", broken)
+    monkeypatch.setattr(distil, "distil_loss", broken)
     rows = run(mini, tmp_path / "run", "--phase", "kd")
     assert [row["loss/skipped"] for row in rows] == [0, 1, 0]
     assert rows[1]["loss/kd"] is None and rows[1]["loss/grad_norm"] is None and rows[2]["loss/kd"] > 0
@@ -230,8 +232,8 @@ def test_a_gradient_that_is_not_finite_is_left_out_counted_and_harms_nothing(min
 def test_gradients_that_stay_broken_end_the_run_with_the_last_good_state(
     mini, tmp_path, monkeypatch, critic_only_steps
 ):
-    real = train.value_loss
-    monkeypatch.setattr(train, "value_loss", lambda values, *rest, **options: real(
+    real = reinforce.value_loss
+    monkeypatch.setattr(reinforce, "value_loss", lambda values, *rest, **options: real(
         values * float("inf"), *rest, **options))  # fmt: skip
     with pytest.raises(Stop, match=r"last \d updates .*last good state"):
         run(mini, tmp_path / "run", "--phase", "ppo", "--steps", "9",
@@ -292,7 +294,7 @@ def test_out_of_memory_names_the_settings_that_help_largest_first(mini, tmp_path
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(train, "score_tokens", fail)
+    monkeypatch.setattr(reinforce, "score_tokens", fail)
     with pytest.raises(Stop, match="out of memory at a peak of") as caught:
         run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2")
     lines = str(caught.value).splitlines()[1:4]

@@ -19,14 +19,15 @@ from test_rollout import EOS, ScriptedDecoder, tokenizer  # noqa: F401
 from test_train import mini  # noqa: F401
 
 import config
+import distil
 import rollout
-import train
 from data import Question, exact_match, load_questions
 from episode import Episode, Segment, collate, load_episodes, pack, prompt_segment, save_episodes
 from model import Tokenizer, load_decoder, load_encoder
 from protocol import observation_ids
 from retriever import Corpus, Passage
 from rollout import Policy, RolloutSettings
+from settings import TrainSettings
 
 EXAMPLES = int(os.environ.get("DGPO_EXAMPLES", 300))
 LENIENT = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -72,7 +73,7 @@ def test_from_text_to_loss_no_control_token_enters_and_no_score_is_won_by_the_en
     assert torch.equal(batch.response_mask[0, : len(spans)], spans) and not batch.response_mask[0, len(spans):].any()
     assert batch.ids[0][batch.response_mask[0]].tolist() == agent.ids + last.ids
     if batch.ids.numel() < 2000:  # the network takes its time over long ones
-        loss, _ = train.distil_loss(network, None, pack(batch, [0, 1], batch.lengths()))
+        loss, _ = distil.distil_loss(network, None, pack(batch, [0, 1], batch.lengths()))
         assert loss.isfinite()
 
 
@@ -149,7 +150,7 @@ def a_copy(mini: Path, folder: Path) -> dict[str, tuple[Path, object]]:
 
     def read_settings():
         argv = ["--config", str(folder / "mini.toml")]
-        return config.load(train.TrainSettings, argv, prog="train.py", description="")
+        return config.load(TrainSettings, argv, prog="train.py", description="")
 
     def chat():
         return Tokenizer.load(folder / "student").chat([{"role": "user", "content": "hello"}])

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import METRIC_TOLERANCE, mini, run  # noqa: F401
 
-import train
 from checkpoint import states
-from episode import collate, load_episodes, pack
+from distil import distil_loss
+from episode import collate, load_episodes, micro_batches, pack
 from model import Critic, Tokenizer, load_decoder
 from parallel import end_processes, full, in_step, shard, start_processes, sum_over_processes, update
 from rollout import Policy
@@ -62,9 +62,9 @@ def stored_batch(mini: Path, out: Path, is_sharded: bool) -> None:
     before = {name: [full(p).clone() for p in module.parameters()] for name, module in modules.items()}
     batch = collate(share, pad_id=student.tokenizer.pad_id)
     lengths, losses = batch.lengths(), torch.zeros(2)
-    for group in in_step(train.micro_batches(lengths, 300)):
+    for group in in_step(micro_batches(lengths, 300)):
         packed = pack(batch, group, lengths)
-        loss, _ = train.distil_loss(student, teacher, packed)
+        loss, _ = distil_loss(student, teacher, packed)
         value_loss = critic.values(packed.ids, packed.documents)[packed.response_mask].square().sum()
         (loss / 100).backward()
         (value_loss / 100).backward()

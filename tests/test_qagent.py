@@ -18,7 +18,6 @@ import config
 import dgpo
 import eval as evaluation
 import qagent
-import train
 from data import Question
 from episode import Episode, Segment
 from model import Tokenizer, load_decoder
@@ -26,6 +25,7 @@ from protocol import QAGENT
 from qagent import Found, QAgentSettings, collected, generator_messages, has_hit, is_well_formed, within
 from retriever import Passage
 from rollout import Policy
+from settings import TrainSettings, with_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-6  # fp32
@@ -151,7 +151,7 @@ def test_weights_turn_the_sum_over_tokens_into_a_mean_of_means():
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_stage_that_is_none_is_refused(stage):
     with pytest.raises(ValueError, match=f"--stage {stage}: expected 1 or 2"):
-        train.with_defaults(train.TrainSettings(phase="qagent", stage=stage))
+        with_defaults(TrainSettings(phase="qagent", stage=stage))
 
 
 # ---- generators ----
@@ -363,7 +363,7 @@ def test_measure_writes_what_it_prints(tmp_path, capsys):
 
 def test_the_preset_of_qagent_serves_training_search_and_evaluation():
     presets = ["--config", str(ROOT / "configs" / "paper.toml"), str(ROOT / "configs" / "qagent.toml")]
-    trained = config.load(train.TrainSettings, presets, prog="train.py", description="")
+    trained = config.load(TrainSettings, presets, prog="train.py", description="")
     assert (trained.phase, trained.group_size, trained.kl_in) == ("qagent", 5, "loss")
     for cls, prog, shared in ((qagent.SearchSettings, "qagent.py search", qagent.SHARED),
                               (evaluation.EvalSettings, "eval.py", evaluation.SHARED)):  # fmt: skip

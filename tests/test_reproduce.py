@@ -17,9 +17,9 @@ import qagent
 import reproduce
 import reproduce_bard
 import reproduce_qagent
-import train
 from jobs import Job, run_jobs, verdict
 from reproduce import ORDERINGS, ROWS, SEEDS, TABLES, read_records, row_jobs
+from settings import DISTIL, PHASES, TrainSettings, with_defaults
 
 
 def job(folder: Path, name: str, code: str, needs: tuple[str, ...] = ()) -> Job:
@@ -119,7 +119,7 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
     for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0, 1]):
         program, *flags = job.flags()
         if program == "train.py":
-            phases[job.name] = config.load(train.TrainSettings, flags, prog="train.py", description="",
+            phases[job.name] = config.load(TrainSettings, flags, prog="train.py", description="",
                                            default_config=None)  # fmt: skip
         elif program == "-c":
             linked[job.name] = flags[1:]
@@ -129,7 +129,7 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
         plain = row.begins or "student"
         assert Path(settings.student).name == (f"{row.begins}-1" if row.begins in ROWS else plain)
         assert settings.run_dir.endswith(f"{name}-1") and settings.seed == 1
-        at = "kd_lr" if settings.phase in train.DISTIL else "actor_lr"
+        at = "kd_lr" if settings.phase in DISTIL else "actor_lr"
         for rate in ("kd_lr", "actor_lr"):
             assert getattr(settings, rate) == pytest.approx(getattr(preset, rate) * (2.0 if rate == at else 1))
         if row.rate_of:  # chosen for another row: the first seed is a run like the others
@@ -146,7 +146,7 @@ def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
                 0, settings.phase, settings.steps, settings.epochs, settings.eval_every)
             assert Path(tuning.student).name == (f"{row.begins}-0" if row.begins in ROWS else plain)
     assert {phases[f"{name} 1"].phase for name in ROWS} == {
-        phase for phase in train.PHASES if phase not in ("episodes", "qagent") and not phase.startswith("bard")}
+        phase for phase in PHASES if phase not in ("episodes", "qagent") and not phase.startswith("bard")}
     assert phases["uniform-kl 1"].kl_where == "all" and phases["without-teacher 1"].kl_where == "none"
     assert phases["dgpo-grpo 1"].advantage == "group" and phases["dgpo-grpo 1"].phase == "dgpo"
 
@@ -176,7 +176,7 @@ def test_another_pair_takes_over_the_rates_and_its_own_models(tmp_path):
                     tuned=tmp_path / "records")
     assert not [job.name for job in jobs if job.name.startswith("tune")]
     [dgpo] = [job for job in jobs if job.name == "dgpo 0"]
-    settings = config.load(train.TrainSettings, dgpo.flags()[1:], prog="train.py", description="")
+    settings = config.load(TrainSettings, dgpo.flags()[1:], prog="train.py", description="")
     assert settings.actor_lr == pytest.approx(2 * reproduce.row_settings("dgpo").actor_lr)
     assert settings.teacher == str(tmp_path / "models" / "teacher") and settings.student.endswith("kd-0")
 
@@ -277,8 +277,8 @@ def settings_of(jobs: list[Job], measured: type, shared: tuple[str, ...]) -> dic
     for job in jobs:
         program, *flags = job.flags()
         if program == "train.py":
-            found[job.name] = train.with_defaults(
-                config.load(train.TrainSettings, flags, prog=program, description=""))
+            found[job.name] = with_defaults(
+                config.load(TrainSettings, flags, prog=program, description=""))
         else:
             flags = flags[flags[0] == "measure" :]  # qagent.py's
             found[job.name] = config.load(measured, flags, prog=program, description="", shared=shared)

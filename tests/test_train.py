@@ -18,12 +18,15 @@ from tokenizers import Tokenizer as RawTokenizer
 
 import config
 import dgpo
+import distil
 import play
+import reinforce
 import train
 from checkpoint import states
-from episode import Episode, Packed, collate, load_episodes, pack
+from episode import Episode, Packed, collate, load_episodes, micro_batches, pack
 from model import Critic, Tokenizer, load_decoder, new_decoder, new_encoder, save_decoder, save_encoder
 from rollout import Policy
+from settings import DISTIL, REINFORCE, SKIPPING, TrainSettings
 
 GRADIENT_TOLERANCE = 1e-5  # fp32 sums in another order
 FIRST_LOG_RATIO = 1e-5  # fp32, two layers
@@ -175,7 +178,7 @@ def policies(mini: Path) -> tuple[Policy, Policy]:
     )
 
 
-@pytest.mark.parametrize("phase", [*train.DISTIL, *train.REINFORCE])
+@pytest.mark.parametrize("phase", [*DISTIL, *REINFORCE])
 def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings(mini, tmp_path, phase):
     budgets = ["--budgets", "4", "9", "--group-size", "2"] if phase.startswith("bard") else []
     if phase == "bard-sft":
@@ -189,15 +192,15 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
     assert all(isinstance(value, float | int) and value == value for row in rows for value in row.values())
     assert "eval/score" in rows[1] and ("eval/adherence" in rows[1]) == bool(budgets)
-    assert ("rollout/equal_groups" in rows[0]) == (phase in train.SKIPPING)
-    assert ("eval/reward" in rows[1]) == (phase in train.SKIPPING)  # what the best weights are chosen by
+    assert ("rollout/equal_groups" in rows[0]) == (phase in SKIPPING)
+    assert ("eval/reward" in rows[1]) == (phase in SKIPPING)  # what the best weights are chosen by
     assert not any("second" in key for key in rows[0])
     assert load_decoder(tmp_path / "run").config.hidden_size == 16
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["phase"] == phase
     perf = [json.loads(line) for line in (tmp_path / "run" / "perf.jsonl").read_text().splitlines()]
     assert len(perf) == len(rows) and all(
-        row["passes"] >= 1 or phase in train.SKIPPING for row in perf)
-    if phase in train.REINFORCE:
+        row["passes"] >= 1 or phase in SKIPPING for row in perf)
+    if phase in REINFORCE:
         assert "  [" in (tmp_path / "run" / "samples" / "step_000002.txt").read_text()
 
 
@@ -227,9 +230,9 @@ def test_qagent_can_be_guided_by_the_teacher_on_wrong_episodes_as_dgpo_is(mini, 
 def test_the_mean_over_episodes_weighs_a_long_one_like_a_short_one():
     mask = torch.tensor([[True, True, True, True], [False, True, False, False], [False] * 4])
     values = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0])  # means 3 and 10; the third row has nothing to say
-    weights = train.episode_weights(mask, 5.0, 2.0)
+    weights = reinforce.episode_weights(mask, 5.0, 2.0)
     assert (weights * values).sum() / 5 == pytest.approx(6.5)
-    halves = [train.episode_weights(mask[rows], 5.0, 2.0) for rows in ([0], [1, 2])]  # of two passes
+    halves = [reinforce.episode_weights(mask[rows], 5.0, 2.0) for rows in ([0], [1, 2])]  # of two passes
     assert torch.equal(torch.cat(halves), weights)
 
 
@@ -246,9 +249,9 @@ def test_bard_rl_learns_from_its_own_reward_with_one_budget_a_group(mini, tmp_pa
         seen.append(episode.question)
         return float(len(seen) % 2) if len(seen) <= 8 else 1.0
 
-    real = train.skip_equal_groups
+    real = reinforce.skip_equal_groups
     monkeypatch.setattr(train.bard, "reward", reward)
-    monkeypatch.setattr(train, "skip_equal_groups",
+    monkeypatch.setattr(reinforce, "skip_equal_groups",
                         lambda *given: masks.append(real(*given).response_mask) or real(*given))  # fmt: skip
     rows = run(mini, tmp_path / "run", "--phase", "bard-rl", "--budgets", *map(str, range(3, 60)), "--group-size", "4",
                "--steps", "2", "--kl-where", "none")
@@ -351,7 +354,7 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_order(mini, with_t
         student.decoder.zero_grad()
         total = 0.0
         for group in groups:
-            loss, _ = train.distil_loss(
+            loss, _ = distil.distil_loss(
                 student, teacher if with_teacher else None, packed(group, student.tokenizer)
             )
             (loss / 1000).backward()
@@ -379,7 +382,7 @@ def test_packed_loss_and_gradients_equal_padded_rows_and_plain_formulas(mini, ch
     student.decoder.zero_grad()
     student.decoder.checkpointing = checkpointing
     weights = {"ce_weight": 0.5, "kl_weight": 2.0}
-    got, got_kl = train.distil_loss(student, teacher, packed(episodes, student.tokenizer), **weights)
+    got, got_kl = distil.distil_loss(student, teacher, packed(episodes, student.tokenizer), **weights)
     got.backward()
     assert got.item() == pytest.approx(loss.sum().item(), rel=GRADIENT_TOLERANCE)
     assert got_kl.item() == pytest.approx(kl.sum().item(), rel=GRADIENT_TOLERANCE)
@@ -391,7 +394,7 @@ def test_distillation_has_no_gradient_from_prompt_and_retrieved_tokens(mini):
     student, _ = policies(mini)
     [episode] = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:1]
     batch = collate([episode], pad_id=student.tokenizer.pad_id)
-    loss, _ = train.distil_loss(student, None, pack(batch, [0], batch.lengths()))
+    loss, _ = distil.distil_loss(student, None, pack(batch, [0], batch.lengths()))
     logits = student.decoder(batch.ids)[0, :-1, : student.tokenizer.size].log_softmax(-1)
     expected = -logits.gather(-1, batch.ids[0, 1:, None]).squeeze(-1)[batch.response_mask[0, 1:]]
     assert len(expected) == episode.num_agent_tokens < len(episode.ids)
@@ -406,7 +409,7 @@ def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(
     batch = collate(episodes, pad_id=student.tokenizer.pad_id)
     guided = [i % 3 == 0 for i in range(len(episodes))]
     runs = [
-        train.score_tokens(student, critic, teacher, batch, guided, train.TrainSettings(micro_batch_tokens=n))
+        reinforce.score_tokens(student, critic, teacher, batch, guided, TrainSettings(micro_batch_tokens=n))
         for n in (1, 300, 10**6)
     ]
     mask = batch.response_mask
@@ -421,7 +424,7 @@ def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(
 
 def test_micro_batches_hold_every_row_once_within_the_limit():
     lengths = [5, 30, 7, 7, 100, 1, 12]
-    groups = list(train.micro_batches(lengths, 40))
+    groups = list(micro_batches(lengths, 40))
     assert sorted(i for group in groups for i in group) == list(range(7))
     assert groups == [[0, 1], [2, 3], [4], [5, 6]]
     assert all(sum(lengths[i] for i in g) <= 40 or len(g) == 1 for g in groups)
@@ -437,7 +440,7 @@ def test_ppo_is_guided_by_its_initial_policy_on_all_episodes_and_dgpo_by_the_tea
         seen.append((where, (old - guide)[mask].abs().nanmean().item()))
         return real(scores, old, guide, mask, beta=beta, where=where)
 
-    monkeypatch.setattr(train, "kl_rewards", spy)
+    monkeypatch.setattr(reinforce, "kl_rewards", spy)
     run(mini, tmp_path / "ppo", "--phase", "ppo", "--steps", "1")
     run(mini, tmp_path / "dgpo", "--phase", "dgpo", "--steps", "1")
     run(mini, tmp_path / "none", "--phase", "ppo", "--steps", "1", "--kl-where", "none")
@@ -493,13 +496,13 @@ def test_pairs_of_the_papers_families_distil_and_reinforce(mini, tmp_path, pair)
 @pytest.fixture
 def distances(monkeypatch):
     """What distil_loss was asked for, pass by pass."""
-    seen, real = [], train.distil_loss
+    seen, real = [], distil.distil_loss
 
     def spy(student, teacher, packed, **options):
         seen.append(options | {"grad": torch.is_grad_enabled(), "ids": packed.ids, "mask": packed.response_mask})
         return real(student, teacher, packed, **options)
 
-    monkeypatch.setattr(train, "distil_loss", spy)
+    monkeypatch.setattr(distil, "distil_loss", spy)
     return seen
 
 
@@ -523,13 +526,13 @@ def test_taid_moves_its_target_from_the_student_to_the_teacher(mini, tmp_path, d
 
 
 def test_taid_survives_a_loss_that_is_not_a_number(mini, tmp_path, monkeypatch):
-    real, calls = train.distil_loss, []
+    real, calls = distil.distil_loss, []
 
     def broken(*given, **options):
         calls.append(1)
         return tuple(x * (float("nan") if len(calls) == 3 else 1) for x in real(*given, **options))
 
-    monkeypatch.setattr(train, "distil_loss", broken)
+    monkeypatch.setattr(distil, "distil_loss", broken)
     rows = run(mini, tmp_path / "run", "--phase", "taid", "--epochs", "4")
     assert rows[2]["loss/distance"] is None and rows[2]["loss/skipped"] == 1
     assert rows[-1]["loss/taid_t"] == pytest.approx(0.4 + 0.6 * 11 / 12)  # on the line again
@@ -551,7 +554,7 @@ def test_gkd_brings_the_student_closer_to_the_teacher_where_the_student_goes(min
 
 def test_distillm_lets_the_student_write_when_the_held_out_loss_rises_and_replays_it(mini, tmp_path, monkeypatch):
     losses = iter([1.0, 1.0, 2.0, *[float(n) for n in range(3, 40)]])
-    monkeypatch.setattr(train, "mean_distance", lambda *_: next(losses))
+    monkeypatch.setattr(distil, "mean_distance", lambda *_: next(losses))
     flags = ["--phase", "distillm", "--epochs", "6", "--buffer-size", "16", "--save-every", "1"]
     rows = run(mini, tmp_path / "run", *flags)
     shares = [row["loss/student_share"] for row in rows]
@@ -665,7 +668,7 @@ def test_presets_of_the_papers_pairs_begin_where_they_say(pair, flags, student):
     pair = ROOT / "configs" / f"{pair}.toml"
     given = ["--config", str(ROOT / "configs" / "paper.toml"), str(pair), *(
         [str(ROOT / flags[0])] if flags[0].startswith("configs") else flags)]  # fmt: skip
-    settings = config.load(train.TrainSettings, given, prog="train.py", description="")
+    settings = config.load(TrainSettings, given, prog="train.py", description="")
     plain = re.search('^student = "(.*)"', pair.read_text(), re.MULTILINE)[1]
     assert settings.student == (student or plain) and settings.max_turns == 4 and settings.beta == 0.001
 
