@@ -18,7 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,8 @@ def row_jobs(
             jobs += tuning_jobs(runs, records, name)
     for name in GIVEN:
         out = runs / f"eval-{name}"
-        jobs += measure(name, GIVEN[name], models / name, out, (), records / f"{name}.json")
+        jobs += measure(name, GIVEN[name], models / name, out, (), records / f"{name}.json",
+                        has_arcap=tuned is None)
     for seed in seeds:
         for name in names:
             row, folder = ROWS[name], runs / f"{name}-{seed}"
@@ -171,7 +172,7 @@ def row_jobs(
             needs += tuple(f"judge {row_of_rate(name)} {k}" for k in range(len(RATES)) if tuned is None)
             jobs.append(Job(f"{name} {seed}", flags, folder / "model.safetensors", needs))
             jobs += measure(f"{name} {seed}", row.label, folder, runs / f"eval-{name}-{seed}", (f"{name} {seed}",),
-                            records / f"{name}-{seed}.json")
+                            records / f"{name}-{seed}.json", has_arcap=tuned is None and name in TABLES["Table 2"])
     return jobs
 
 
@@ -243,14 +244,17 @@ def write_tuning(records: Path, name: str, k: int, folder: Path, out: Path) -> N
     write_json(tuning_record(records, name, k), found)
 
 
-def measure(name: str, label: str, model: Path, out: Path, needs: tuple[str, ...], record: Path) -> list[Job]:
-    """Exact match and ARCap of a model; both end in one file that the repository keeps."""
+def measure(
+    name: str, label: str, model: Path, out: Path, needs: tuple[str, ...], record: Path, *, has_arcap: bool
+) -> list[Job]:
+    """Exact match of a model, and ARCap where it is wanted, in one file that the repository keeps."""
     given = ["--model", str(model), "--name", label, "--out", str(out)]
-    return [
+    jobs = [
         Job(f"eval {name}", lambda: ["eval.py", *given], out / "result.json", needs),
-        Job(f"arcap {name}", lambda: ["eval.py", "arcap", *given, "--limit", "200"], record, (f"eval {name}",),
-            after=lambda: write_record(name, model, out, record)),
-    ]
+        Job(f"arcap {name}", lambda: ["eval.py", "arcap", *given, "--limit", "200"], out / "arcap.json",
+            (f"eval {name}",)),
+    ][: 1 + has_arcap]
+    return [*jobs[:-1], replace(jobs[-1], done=record, after=lambda: write_record(name, model, out, record))]
 
 
 def write_record(name: str, model: Path, out: Path, record: Path) -> None:
@@ -261,7 +265,8 @@ def write_record(name: str, model: Path, out: Path, record: Path) -> None:
     for scored in rows:
         correct[scored["set"]] = correct.get(scored["set"], "") + str(int(scored["em"]))
     found = result(out) | {"row": row, "seed": int(seed[0]) if seed else None, "correct": correct}
-    found["arcap"] = json.loads((out / "arcap.json").read_text())["arcap"]
+    if (out / "arcap.json").exists():
+        found["arcap"] = json.loads((out / "arcap.json").read_text())["arcap"]
     found |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}, one thread a process"}
     if (model / "run.json").exists():
         about = json.loads((model / "run.json").read_text())

@@ -111,19 +111,24 @@ def tuned(records: Path, *scores: float) -> None:
 
 def test_every_row_is_a_command_of_train_py_that_its_settings_accept(tmp_path):
     tuned(tmp_path / "records", 0.1, 0.3)
-    phases, linked = {}, {}
+    phases, linked, measured = {}, {}, set()
     tuning_runs = [tmp_path / "runs" / f"tune-{name}-1" for name, row in ROWS.items() if not row.rate_of]
     for folder in tuning_runs[1:]:  # of the first, SeqKD's, the record alone is left
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     for job in row_jobs(tmp_path / "runs", tmp_path / "records", list(ROWS), [0, 1]):
         program, *flags = job.flags()
+        if flags[0] == "arcap":
+            measured.add(job.name.removeprefix("arcap "))
+            assert job.done.parent == tmp_path / "records" and job.after
         if program == "train.py":
             phases[job.name] = config.load(TrainSettings, flags, prog="train.py", description="",
                                            default_config=None)  # fmt: skip
         elif program == "-c":
             linked[job.name] = flags[1:]
     assert {name.split()[0] for name in phases} == {*ROWS, "episodes", "tune"}
+    assert measured == {f"{name} {seed}" for name in TABLES["Table 2"] if name in ROWS for seed in (0, 1)} | {
+        "student", "teacher"}
     for name, row in ROWS.items():
         settings, preset = phases[f"{name} 1"], reproduce.row_settings(name)
         plain = row.begins or "student"
@@ -174,7 +179,8 @@ def test_another_pair_takes_over_the_rates_and_its_own_models(tmp_path):
     tuned(tmp_path / "records", 0.1, 0.3)
     jobs = row_jobs(tmp_path / "runs", tmp_path / "records" / "llama", reproduce.PAIR_ROWS, [0], tmp_path / "models",
                     tuned=tmp_path / "records")
-    assert not [job.name for job in jobs if job.name.startswith("tune")]
+    assert not [job.name for job in jobs if job.name.startswith(("tune", "arcap"))]
+    assert {job.done.parent for job in jobs if job.name.startswith("eval")} == {tmp_path / "records" / "llama"}
     [dgpo] = [job for job in jobs if job.name == "dgpo 0"]
     settings = config.load(TrainSettings, dgpo.flags()[1:], prog="train.py", description="")
     assert settings.actor_lr == pytest.approx(2 * reproduce.row_settings("dgpo").actor_lr)
