@@ -65,9 +65,13 @@ def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
                     axis.plot(*zip(*points, strict=True), style, linewidth=width, markersize=4,
                               color=f"C{methods.index(method)}", label=method if key == "eval/score" else None)
         axis.set(title=title, xlabel="step", xlim=(0, None), ylim=(0, 1))
+        lengths = [rows[-1]["step"] for _, rows in runs]
+        if max(lengths) > 4 * min(lengths):  # or the short runs are a line at the left
+            axis.set(xscale="log", xlim=(1, None))
         axis.grid(alpha=0.3)
         labels = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.legend(labels.values(), labels.keys(), loc="lower right")
+        where = {"loc": "lower right"} if len(labels) <= 3 else {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        axis.legend(labels.values(), labels.keys(), **where)
     axes[0, 0].set_ylabel("exact match, sampled")
     save(figure, out)
 
