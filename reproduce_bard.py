@@ -29,7 +29,7 @@ from plots import plot_budgets
 
 SEEDS = (0, 1, 2)
 TRAILS = ROOT / "runs" / "trails"
-TRAINED, HELD_OUT = (36, 64, 128, 256, 384), (48, 96, 192, 288)  # of configs/bard.toml; the others are interpolated
+TRAINED, HELD_OUT = (38, 64, 128, 256, 384), (48, 96, 192, 288)  # of configs/bard.toml; the others are interpolated
 MEASURED = tuple(sorted(TRAINED + HELD_OUT))
 NUM_QUESTIONS = 200  # of the 500 test questions; 100 at every one of the trained budgets
 

@@ -8,8 +8,9 @@ A question lists one-way roads in random order and asks where the trail from a p
 
 What it was built to contain (none of it is evidence about real reasoning):
 
-1. Following a trail one road at a time needs one look at the list for each road. Trails have 2 to 32 roads, so that
-   natural chains are 30 to 390 tokens long: a factor of 13.
+1. Following a trail one road at a time needs one look at the list for each road. Trails have 3 to 34 roads, so that
+   natural chains are 41 to 413 tokens long: a factor of ten. (With trails of two roads, which fit into every budget, a
+   student that compresses as the rules below do cannot show a rank correlation of length and budget above 0.90.)
 2. The same chain can be told in fewer words, down to a name for each road. Below that, places are left out, and the
    model must follow several roads in its head.
 3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from encyclopaedia import FIRST_WORDS, SECOND_WORDS
 
 PLACES = (*FIRST_WORDS, *SECOND_WORDS)
-MIN_ROADS, MAX_ROADS = 2, 32
+MIN_ROADS, MAX_ROADS = 3, 34
 NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
 NUM_QUESTIONS = {"train": 4000, "test": 500}
 NUM_DEMONSTRATIONS, NUM_RECALLS = 8_000, 12_000
