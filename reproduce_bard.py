@@ -9,7 +9,7 @@ Rows
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
-Each distils on about as many tokens (up to eight versions of a chain twice, or the chain ten times), and each row
+Each distils on about as many tokens (up to sixteen versions of a chain, or the chain ten times), and each row
 that is reinforced takes the same steps. Resumable row by row, as reproduce.py is.
 """
 

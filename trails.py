@@ -14,7 +14,9 @@ What it was built to contain (none of it is evidence about real reasoning):
 2. The same chain can be told in fewer words, down to a name for each road. Below that, places are left out, and the
    model must follow several roads in its head.
 3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
-4. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
+4. The student has practised two things that any pretrained model has met: to look a word up, and numbers. Without the
+   second it reads of a budget little more than how many digits it has (docs/log.md).
+5. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
 """
 
 import random
@@ -27,8 +29,9 @@ PLACES = (*FIRST_WORDS, *SECOND_WORDS)
 MIN_ROADS, MAX_ROADS = 3, 34
 NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
 NUM_QUESTIONS = {"train": 4000, "test": 500}
-NUM_DEMONSTRATIONS, NUM_RECALLS = 8_000, 12_000
+NUM_DEMONSTRATIONS, NUM_PRACTICE = 8_000, 24_000
 RECALLED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # roads of a list that the student practises on
+DIVIDENDS, NUM_DIVISIONS = (30, 400), 6  # of its numbers; in a row
 
 
 def question(rng: random.Random, id: str) -> tuple[dict, list[str]]:
@@ -101,11 +104,21 @@ def recall(rng: random.Random, id: str) -> dict:
     return {"id": id, "question": "", "golden_answers": [], "segments": segments}
 
 
+def division(rng: random.Random, id: str) -> dict:
+    """Text for the student: how often the first number goes into the second."""
+    segments = []
+    for _ in range(NUM_DIVISIONS):
+        divisor, dividend = rng.randint(MIN_ROADS, MAX_ROADS), rng.randint(*DIVIDENDS)
+        segments += [{"author": "environment", "text": f" {divisor}? #{dividend}\n"},
+                     {"author": "agent", "text": f" {dividend // divisor}."}]  # fmt: skip
+    return {"id": id, "question": "", "golden_answers": [], "segments": segments}
+
+
 def make_rows(split: str) -> list[dict]:
-    """The rows of train, test, demonstrations or recall, the same on every machine."""
+    """The rows of train, test, demonstrations or practice, the same on every machine."""
     rng = random.Random(f"trails {split}")
-    if split == "recall":
-        return [recall(rng, f"recall_{i}") for i in range(NUM_RECALLS)]
+    if split == "practice":
+        return [(recall, division)[i % 2](rng, f"practice_{i}") for i in range(NUM_PRACTICE)]
     if split == "demonstrations":
         return [demonstration(rng, f"demonstration_{i}") for i in range(NUM_DEMONSTRATIONS)]
     return [question(rng, f"{split}_{i}")[0] for i in range(NUM_QUESTIONS[split])]

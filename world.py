@@ -661,9 +661,10 @@ def ready_to_look_up(decoder: Decoder, seed: int) -> Decoder:
 
 
 def build_trails(seed: int = SEED) -> None:
-    """The reasoning questions; a student that can look roads up, and a teacher grown from it that follows trails."""
+    """The reasoning questions; a student that can look roads up and divide; a teacher, grown from it, that follows
+    trails."""
     tokenizer = Tokenizer.load(WORLD / "student")
-    paths = {split: TRAILS / f"{split}.jsonl" for split in ("train", "test", "demonstrations", "recall")}
+    paths = {split: TRAILS / f"{split}.jsonl" for split in ("train", "test", "demonstrations", "practice")}
     before = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths.values()]
     for split, path in paths.items():
         write_jsonl(path, trails.make_rows(split))
@@ -672,7 +673,7 @@ def build_trails(seed: int = SEED) -> None:
     fresh = new_decoder(decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id), seed)
     building = TRAILS / "building"
     save_decoder(ready_to_look_up(fresh, seed), tokenizer, building / "student-0")
-    sft(building / "student-0", TRAILS / "recall.jsonl", building / "student-1", batch_size=16, lr=2e-3, processes=2)
+    sft(building / "student-0", TRAILS / "practice.jsonl", building / "student-1", batch_size=16, lr=2e-3, processes=2)
     save_decoder(load_decoder(building / "student-1"), tokenizer, TRAILS / "student")
     grown = grow(load_decoder(building / "student-1"), TEACHER_LAYERS, seed=1)
     save_decoder(grown, tokenizer, building / "teacher-0")

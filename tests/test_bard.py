@@ -198,6 +198,18 @@ def test_a_trail_is_the_only_way_from_its_start():
         assert f"from {trail[0]}, {steps}" in row["question"]
 
 
+def test_the_student_practises_looking_up_and_dividing():
+    rng = random.Random(4)
+    for i in range(20):
+        texts = [s["text"] for s in trails.division(rng, f"d{i}")["segments"]]
+        assert len(texts) == 2 * trails.NUM_DIVISIONS
+        for asked, told in zip(texts[::2], texts[1::2], strict=True):
+            divisor, dividend = map(int, asked.replace("? #", " ").split())
+            assert trails.MIN_ROADS <= divisor <= trails.MAX_ROADS and told == f" {dividend // divisor}."
+        shown, told = ({*s["text"].strip(" .").split(", ")} for s in trails.recall(rng, f"r{i}")["segments"])
+        assert shown == told and len(shown) in trails.RECALLED
+
+
 def test_the_worlds_compressor_keeps_within_the_budget_and_ends_with_the_answer(tokenizer):
     def length(text: str) -> int:
         return bard.num_chain_tokens(tokenizer, text)
