@@ -251,13 +251,12 @@ def gae(
     return advantages, returns
 
 
-def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int, *, divide: bool = True) -> Tensor:
+def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int) -> Tensor:
     """GRPO: an episode's total reward against those of the same question (Shao et al., 2024; Search-R1).
 
-    A = (R - mean) / (std + 1e-6), unbiased std, on every response token; without divide A = R - mean (Dr. GRPO, Liu
-    et al., 2025). Rows i * group_size to (i + 1) * group_size are a group. Episodes without a response token (a failed
-    search) do not count in their group; equal rewards, and an episode that is left alone, give zeros.
-    rewards, response_mask [B, T] -> [B, T].
+    A = (R - mean) / (std + 1e-6), unbiased std, on every response token; rows i * group_size to (i + 1) * group_size
+    are a group. Episodes without a response token (a failed search) do not count in their group; equal rewards, and
+    an episode that is left alone, give zeros. rewards, response_mask [B, T] -> [B, T].
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_advantages: got {len(rewards)} episodes in groups of {group_size}, expected whole "
@@ -267,7 +266,7 @@ def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int, *,
     n = counts.sum(1, keepdim=True)
     centred = torch.where(counts, total - total.where(counts, 0.0).sum(1, keepdim=True) / n.clamp(min=1), 0.0)
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    advantages = centred / (std + 1e-6) if divide else centred
+    advantages = centred / (std + 1e-6)
     return torch.where(response_mask, advantages.view(-1, 1), 0.0)
 
 

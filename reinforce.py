@@ -120,7 +120,7 @@ def reinforce(
         where = settings.kl_where if settings.kl_in == "reward" else "none"
         rewards = kl_rewards(scores, old_logprobs, guide_logprobs, mask, beta=settings.beta, where=where)
         if critic is None:
-            advantages, returns = group_advantages(rewards, mask, group_size, divide=settings.group_std), old_values
+            advantages, returns = group_advantages(rewards, mask, group_size), old_values
         else:
             advantages, returns = gae(rewards, old_values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
             sums_of_all = torch.tensor(sum_over_processes(*moments(advantages, mask)), dtype=torch.float64)

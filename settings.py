@@ -76,7 +76,6 @@ class TrainSettings(BardSettings, QAgentSettings):
     advantage: str = setting("", "gae: from a critic; group: GRPO; empty: group for grpo, gae for ppo and dgpo",
                              choices=("", "gae", "group"))
     group_size: int = setting(5, "group: episodes of one question")
-    group_std: bool = setting(True, "group: divide advantages by the deviation of their group; not so in Dr. GRPO")
     gamma: float = setting(1.0, "discount")
     gae_lambda: float = setting(1.0, "lambda of GAE")
     clip_eps: float = setting(0.2, "epsilon of Eq. 2")
