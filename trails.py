@@ -15,8 +15,8 @@ What it was built to contain (none of it is evidence about real reasoning):
    model must follow several roads in its head.
 3. The number of roads stands in the question, so that how briefly to think can be known before thinking.
 4. The student has practised two things that any pretrained model has met: to look a word up, and numbers. Without the
-   second it read of a budget little more than how many digits it has (one seed, docs/log.md). Held-out budgets are
-   among these numbers, as they would be in any pretraining; no thought has ever been shown for them.
+   second it read of a budget little more than how many digits it has (docs/log.md). Held-out budgets are among these
+   numbers, as they would be in any pretraining; no thought has ever been shown for them.
 5. Names are words of the world's tokenizer, one token each. Test questions and demonstrations have other seeds.
 """
 
@@ -30,7 +30,7 @@ PLACES = (*FIRST_WORDS, *SECOND_WORDS)
 MIN_ROADS, MAX_ROADS = 3, 34
 NUM_OTHERS, OTHER_ROADS = 3, (3, 8)  # trails that lead elsewhere, and how many roads each has
 NUM_QUESTIONS = {"train": 4000, "test": 500}
-NUM_DEMONSTRATIONS, NUM_PRACTICE = 8_000, 24_000
+NUM_DEMONSTRATIONS, NUM_ROADS_PRACTICE, NUM_NUMBERS_PRACTICE = 8_000, 12_000, 24_000
 RECALLED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # roads of a list that the student practises on
 DIVIDENDS, NUM_DIVISIONS = (30, 400), 6  # of its numbers; in a row
 
@@ -116,10 +116,13 @@ def division(rng: random.Random, id: str) -> dict:
 
 
 def make_rows(split: str) -> list[dict]:
-    """The rows of train, test, demonstrations or practice, the same on every machine."""
+    """The rows of train, test, demonstrations, roads or numbers (two rows of divisions, then one of roads, so that
+    roads are not forgotten), the same on every machine."""
     rng = random.Random(f"trails {split}")
-    if split == "practice":
-        return [(recall, division)[i % 2](rng, f"practice_{i}") for i in range(NUM_PRACTICE)]
+    if split == "roads":
+        return [recall(rng, f"roads_{i}") for i in range(NUM_ROADS_PRACTICE)]
+    if split == "numbers":
+        return [(division, division, recall)[i % 3](rng, f"numbers_{i}") for i in range(NUM_NUMBERS_PRACTICE)]
     if split == "demonstrations":
         return [demonstration(rng, f"demonstration_{i}") for i in range(NUM_DEMONSTRATIONS)]
     return [question(rng, f"{split}_{i}")[0] for i in range(NUM_QUESTIONS[split])]

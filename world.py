@@ -661,10 +661,10 @@ def ready_to_look_up(decoder: Decoder, seed: int) -> Decoder:
 
 
 def build_trails(seed: int = SEED) -> None:
-    """The reasoning questions; a student that can look roads up and divide; a teacher, grown from it, that follows
-    trails."""
+    """The reasoning questions; a student that can look roads up and then learns to divide; a teacher, grown from it
+    before that, that follows trails."""
     tokenizer = Tokenizer.load(WORLD / "student")
-    paths = {split: TRAILS / f"{split}.jsonl" for split in ("train", "test", "demonstrations", "practice")}
+    paths = {split: TRAILS / f"{split}.jsonl" for split in ("train", "test", "demonstrations", "roads", "numbers")}
     before = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths.values()]
     for split, path in paths.items():
         write_jsonl(path, trails.make_rows(split))
@@ -673,12 +673,12 @@ def build_trails(seed: int = SEED) -> None:
     fresh = new_decoder(decoder_config(STUDENT_LAYERS, tokenizer.size, tokenizer.eos_id), seed)
     building = TRAILS / "building"
     save_decoder(ready_to_look_up(fresh, seed), tokenizer, building / "student-0")
-    sft(building / "student-0", TRAILS / "practice.jsonl", building / "student-1", batch_size=16, lr=2e-3, processes=2)
-    save_decoder(load_decoder(building / "student-1"), tokenizer, TRAILS / "student")
+    for start, texts, end in (("student-0", "roads", "student-1"), ("student-1", "numbers", "student-2")):
+        sft(building / start, paths[texts], building / end, batch_size=16, lr=2e-3, processes=2)
+    save_decoder(load_decoder(building / "student-2"), tokenizer, TRAILS / "student")
     grown = grow(load_decoder(building / "student-1"), TEACHER_LAYERS, seed=1)
     save_decoder(grown, tokenizer, building / "teacher-0")
-    sft(building / "teacher-0", TRAILS / "demonstrations.jsonl", building / "teacher-1", batch_size=16, lr=1.5e-3,
-        processes=2)
+    sft(building / "teacher-0", paths["demonstrations"], building / "teacher-1", batch_size=16, lr=1.5e-3, processes=2)
     save_decoder(load_decoder(building / "teacher-1"), tokenizer, TRAILS / "teacher")
 
 
