@@ -301,7 +301,7 @@ def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
     assert not phases["agnostic 1"].budgets and phases["agnostic 1"].episodes.endswith("chains.jsonl")
     assert phases["agnostic 1"].phase == "sft" and phases["measure agnostic 1"].budget_text == ""
     assert phases["rl 1"].student.endswith("agnostic-1") and phases["bard 1"].student.endswith("sft-1")
-    assert phases["bard 1"].advantage == "gae" and phases["additive 1"].budget_reward == "additive"
+    assert phases["bard 1"].advantage == "group" and phases["additive 1"].budget_reward == "additive"
     assert set(phases["measure bard 1"].budgets) == set(reproduce_bard.MEASURED)
     trained = set(phases["bard 1"].budgets)
     assert set(phases["every budget 1"].budgets) == trained
