@@ -67,7 +67,7 @@ class BardSettings(RolloutSettings):
                           "episodes file; empty: the teacher is asked")
     compressor: str = setting("trails", "bard-data: 'trails' (the embedded world's rules) or a checkpoint")
     compress_prompt: str = setting("", "bard-data: a file with {question} {chain} {answer} {budget}; empty: ours")
-    compress_tries: int = setting(3, "bard-data: attempts of a compressor, the first greedy")
+    compress_tries: int = setting(3, "bard-data: attempts of a compressor that samples")
     min_fill: float = setting(0.5, "bard-data: least length of a compressed chain, as a share of its budget")
     budget_reward: str = setting("multiplicative", "bard-rl: form of the reward", choices=REWARDS)
     budget_tolerance: float = setting(0.5, "bard-rl: overshoot, as a share of the budget, that is worth nothing")
@@ -210,8 +210,7 @@ def compress(
     accepted: dict[int, str] = {}  # by place in wanted
     left = list(range(len(wanted)))
     for attempt in range(1 if compressor is None else settings.compress_tries):
-        proposed = propose([wanted[k] for k in left], student, compressor, settings, seed=seed + attempt,
-                           temperature=float(attempt > 0))
+        proposed = propose([wanted[k] for k in left], student, compressor, settings, seed=seed + attempt)
         kept, refused = [], Counter[str]()
         for k, chain in zip(left, proposed, strict=True):
             if reason := refusal(chain, wanted[k][2], wanted[k][1].budget, student, settings.min_fill):
@@ -249,7 +248,7 @@ def refusal(chain: str | None, natural: str, budget: int, student: Tokenizer, mi
 
 def propose(
     wanted: Sequence[tuple[int, Question, str]], student: Tokenizer, compressor: Policy | None,
-    settings: BardSettings, *, seed: int, temperature: float,
+    settings: BardSettings, *, seed: int,
 ) -> list[str | None]:
     """A chain for each; one that fits already is kept."""
     def length(text: str) -> int:
@@ -274,8 +273,7 @@ def propose(
         asked.append(replace(question, budget=None, prompt=[{"role": "user", "content": text}]))
     longest = max((q.budget for _, q, _ in wanted), default=0)
     room = max(longest + 16, settings.max_new_tokens)  # it may think before it writes
-    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=room, temperature=temperature,
-                    hard_stop=False)
+    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=room, temperature=1.0, hard_stop=False)
     for k, episode in zip(open_places, generate(compressor, None, asked, rules, seed=seed, progress="compressor"),
                           strict=True):
         written = episode.segments[-1]
