@@ -102,6 +102,9 @@ def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> 
     rows = [json.loads(line) for line in (out / "budgets.jsonl").read_text().splitlines()]
     found |= {"row": name, "seed": seed, "machine": f"{platform.machine()}, one thread a process"}
     found["correct"] = {b: "".join(str(int(row["correct"])) for row in rows if row["budget"] == b) for b in MEASURED}
+    for key, right in (("adherence_right", 1), ("adherence_wrong", 0)):  # answers without a stop
+        kept = [row["length"] <= row["budget"] for row in rows if row["correct_free"] == right]
+        found[key] = float(np.mean(kept or [True]))
     metrics = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     keys = ("eval/score", "eval/adherence", "rollout/score", "rollout/reward", "rollout/thinking", "rollout/adherence",
             "rollout/equal_groups", "loss/entropy")  # fmt: skip
@@ -137,7 +140,8 @@ def report(records: Path) -> str:
                 digits = 1 if key == "length" else 3
                 rows.append([ROWS[name].label, *(f"{mean:.{digits}f}" for mean in means)])
         lines += [f"{title}; * never trained on\n", align(rows), ""]
-    rows = [["", "Spearman", "area under accuracy", "least adherence, trained", "held out", "s, last phase", "seeds"]]
+    rows = [["", "Spearman", "area under accuracy", "least adherence, trained", "held out", "adherence, right answers",
+             "wrong answers", "s, last phase", "seeds"]]
     for name in ROWS:
         if name in found:
             some = found[name]
@@ -147,6 +151,7 @@ def report(records: Path) -> str:
             spread = f" \u00b1{np.std(areas, ddof=1):.3f}" if len(areas) > 1 else ""
             rows.append([ROWS[name].label, f"{np.mean([run['spearman'] for run in some]):.3f}",
                          f"{np.mean(areas):.3f}{spread}", *(f"{value:.3f}" for value in least),
+                         *(f"{np.mean([run[f'adherence_{kind}'] for run in some]):.3f}" for kind in ("right", "wrong")),
                          f"{np.mean([run['train_s'] for run in some]):.0f}", str(len(some))])
     lines += [align(rows), ""]
     if adherence := [run["every_adherence"] for run in found.get("bard", []) if "every_adherence" in run]:

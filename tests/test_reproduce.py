@@ -314,7 +314,8 @@ def bard_record(folder: Path, row: str, seed: int, share: float) -> None:
     measures = ("adherence", "accuracy", "accuracy_free", "length", "overshoot", "relative_error", "use")
     values, right = dict.fromkeys(measures, share), int(300 * share)
     found = {"name": reproduce_bard.ROWS[row].label, "row": row, "seed": seed, "spearman": 0.9, "area": share,
-             "train_s": 1.0, "budgets": {b: values for b in reproduce_bard.MEASURED},
+             "train_s": 1.0, "budgets": {b: values for b in reproduce_bard.MEASURED}, "adherence_right": 0.95,
+             "adherence_wrong": 0.85,
              "correct": {b: "1" * right + "0" * (300 - right) for b in reproduce_bard.MEASURED}}  # fmt: skip
     jobs.write_json(folder / f"{row}-{seed}.json", found)
 
@@ -330,9 +331,24 @@ def test_the_report_of_bard_compares_the_rows_at_each_budget(tmp_path):
     text = reproduce_bard.report(tmp_path)
     assert "its 2 trained budgets, 100 questions a seed: mean 0.950, least 0.910; below 0.95: 17 0.910" in text
     assert "BARD > agnostic, truncated: 38 +0.300!" in text and "BARD > SFT only: 38 +0.000 " in text
-    assert "48*" in text and "RL only" not in text
+    assert "48*" in text and "RL only" not in text and "0.950          0.850" in text
     with pytest.raises(RuntimeError, match="reproduce_bard.py run"):
         reproduce_bard.report(tmp_path / "nothing")
+
+
+def test_a_record_of_bard_says_how_right_and_wrong_answers_keep_to_the_budget(tmp_path):
+    model, out, record = tmp_path / "bard-0", tmp_path / "eval", tmp_path / "bard-0.json"
+    rows = [{"id": str(i), "budget": b, "length": b + (i == 2), "correct_free": int(i < 2), "correct": int(i < 1)}
+            for i in range(4) for b in reproduce_bard.MEASURED]  # fmt: skip
+    jobs.write_json(out / "budgets.json", {"name": "BARD"})
+    (out / "budgets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jobs.write_json(model / "run.json", {})
+    for name in ("metrics.jsonl", "perf.jsonl"):
+        (model / name).write_text('{"step": 1, "rollout/score": 0.25, "seconds": 2.0}\n')
+    reproduce_bard.write_record("bard", 0, model, out, record)
+    found = json.loads(record.read_text())
+    assert (found["adherence_right"], found["adherence_wrong"]) == (1.0, 0.5)
+    assert found["correct"]["38"] == "1000" and found["curve"] == [{"step": 1, "rollout/score": 0.25}]
 
 
 # ---- QAgent ----
