@@ -119,7 +119,7 @@ def test_nothing_large_is_committed():
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
-    assert sum(path.stat().st_size for path in files if path.is_file()) < 13e6  # the world 8.6e6, docs 2.6e6
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 12e6
 
 
 def test_the_readme_s_file_map_lists_every_file_with_about_its_length():
