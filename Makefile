@@ -1,13 +1,14 @@
 # make demo and make test work on a fresh clone: they create .venv and install what is missing.
 #
 #   PYTHON=python3.12 make demo    another interpreter (3.11 or newer)
-#   FAISS=1 make setup             install faiss-gpu also where there is no nvidia-smi; FAISS=0 never
+#   FAISS=1 make setup             install faiss-gpu without an nvidia-smi, too; FAISS=0: never
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-#                                  Linux without a GPU: the CPU build of torch, some gigabytes smaller
+#                                  Linux without a GPU: torch's CPU build, some gigabytes smaller
 
 PYTHON ?= python3
 PY := .venv/bin/python
-# faiss-gpu is a download of 878 MB and optional (see requirements.txt): only where it can use a GPU, unless asked for.
+# faiss-gpu is optional and a download of 878 MB (see requirements.txt). It is installed where it
+# can use a GPU, or where you ask for it.
 FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
 STAMP := .venv/.installed-faiss$(FAISS)
 
@@ -21,41 +22,44 @@ setup: $(STAMP)   ## create .venv and install the requirements
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
-	  "%s is Python %d.%d: this project needs 3.11 or newer; run make PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
+	  "%s is Python %d.%d: this project needs 3.11 or newer; run make PYTHON=python3.11" \
+	  % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv .venv
 	@# pip takes requirements from files: copies without the faiss-gpu line where it is not wanted.
 	@mkdir -p .venv/requirements
-	@grep -v $(if $(filter 1,$(FAISS)),'^$$','^faiss-gpu') requirements.txt > .venv/requirements/requirements.txt
+	@grep -v $(if $(filter 1,$(FAISS)),'^$$','^faiss-gpu') requirements.txt \
+	  > .venv/requirements/requirements.txt
 	@cp requirements-dev.txt .venv/requirements/
-	$(PY) -m pip install --quiet --disable-pip-version-check -r .venv/requirements/requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+	  -r .venv/requirements/requirements-dev.txt
 	@rm -f .venv/.installed-faiss*
 	@touch $@
 
 test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
 	$(PY) -m pytest $(ARGS)
 
-faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (about ten minutes)
-	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" tests/test_faults.py tests/test_hostile.py \
-	  tests/test_parallel.py $(ARGS)
+faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (ten minutes)
+	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" \
+	  tests/test_faults.py tests/test_hostile.py tests/test_parallel.py $(ARGS)
 
 lint: $(STAMP)    ## check style with ruff
 	$(PY) -m ruff check .
 
-demo: $(STAMP)    ## the whole method on the embedded world: table, picture, episodes (minutes)
-	$(PY) reproduce.py demo
+demo: $(STAMP)    ## run the method on the embedded world: table, picture, episodes (minutes)
+	$(PY) -m experiments.reproduce demo
 
-reproduce: $(STAMP)  ## every row of the paper's tables, three seeds; interrupt it and call it again (hours)
-	$(PY) reproduce.py rows
-	$(PY) reproduce.py pairs
+reproduce: $(STAMP)  ## run every row of the paper's tables, three seeds (hours)
+	$(PY) -m experiments.reproduce rows
+	$(PY) -m experiments.reproduce pairs
 
-reproduce-qagent: $(STAMP)  ## QAgent's stages, Search-R1 and naive RAG for two generators, three seeds
-	$(PY) reproduce_qagent.py run
+reproduce-qagent: $(STAMP)  ## run QAgent's stages, Search-R1 and naive RAG for two generators
+	$(PY) -m experiments.qagent run
 
-reproduce-bard: $(STAMP)  ## BARD against its parts and truncation, three seeds; can be interrupted as well
-	$(PY) reproduce_bard.py run
+reproduce-bard: $(STAMP)  ## run BARD, its parts, another reward and truncation, three seeds
+	$(PY) -m experiments.bard run
 
-world: $(STAMP)   ## rebuild the shipped world: corpus, questions, tokenizer, encoder, teacher, student
-	$(PY) world.py build
+world: $(STAMP)   ## rebuild the shipped world: corpus, questions, encoder, teacher, student
+	$(PY) -m world.build build
 
 clean:            ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

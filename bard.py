@@ -1,100 +1,361 @@
-"""BARD: budget-aware reasoning distillation (Niu et al., 2025, arXiv:2511.01470): rewards, data, measures.
+"""BARD: budget-aware reasoning distillation (Niu et al., 2025, arXiv:2511.01470).
 
-The user says how many tokens the model may think. Phase bard-sft imitates a teacher's chains that were compressed to
-several budgets; phase bard-rl rewards being right within the budget. Engine and loops are those of DGPO.
+The user says how many tokens the model may think. Phase bard-sft imitates a teacher's chains of
+thought, compressed to several budgets. Phase bard-rl rewards right answers whose thoughts keep
+within the budget. Engine and training loops are those of DGPO.
 
-What is BARD's, as its abstract says: the two phases; the budget as a control signal of the user; chains compressed to
-various budgets; a reward of reasoning performance and budget fidelity together. Reported by others, not read by us:
-that the reward is their product, and that the compressor is another language model.
+The paper's abstract names the two phases, the budget as the user's control signal, chains
+compressed to various budgets, and a reward for both reasoning performance and budget fidelity.
+Others report that the reward is the product of the two, and that the compressor is another
+language model; we have not read it.
 
-What is a reconstruction, because the paper's own choice was not available; what stands at the right is an option
-  the control signal          one sentence in the user's turn, a plain integer in it                 --budget-text
-  what is counted             tokens strictly inside <think> and </think>, over all turns
-  budgets                     one of them drawn for each question                                    --budgets
-  prompt of the compressor    COMPRESS_PROMPT, in our own words                                      --compress-prompt
-  acceptance                  the teacher finds the answer when it reads a model's chain; retries    --compress-tries
-                              length in [min_fill * b, b]                                            --min-fill
-                              a question stays when it has versions for half of its budgets
-  reinforcement               GRPO, one budget a group, groups without a difference skipped          --advantage gae
-  fidelity                    1 within the budget, then linearly to 0 at (1 + tolerance) * b         --budget-tolerance
-  a bonus for using it        0 by default                                                           --budget-use
-  other forms of the reward   additive; L1-Max's (Aggarwal and Welleck, 2025); L1-Exact's and BudgetThinker's
-                              are not here                                                           --budget-reward
-Departures from analogues: L1 counts the whole response, here thinking alone; L1's code halves the slope of its formula
-(the formula is used).
+The rest is a reconstruction, because the paper's own choice was not available. An option at the
+right changes it:
+    control signal     one sentence in the user's turn, with the number in it   --budget-text
+    what is counted    tokens strictly inside <think> and </think>, over all turns
+    budgets            one of a list, drawn for each question                   --budgets
+    compressor asked   with COMPRESS_PROMPT, in our own words                   --compress-prompt
+    acceptance         the teacher finds the answer when it reads a model's
+                       chain; a refused chain is tried again                    --compress-tries
+                       the length is in [min_fill * b, b]                       --min-fill
+                       a question stays if half of its budgets have a version
+    reinforcement      GRPO, with one budget a group; a group whose rewards are
+                       all equal is left out                                    --advantage gae
+    fidelity           1 within the budget, then linearly down to 0 at
+                       (1 + tolerance) * b                                      --budget-tolerance
+    bonus for use      a reward for using the budget; none by default           --budget-use
+    reward             the product; also the sum, and L1-Max of Aggarwal and
+                       Welleck (2025); L1-Exact and BudgetThinker's are missing --budget-reward
+Departures from analogues: L1 counts the whole response, we count the thinking alone. L1's code
+halves the slope of its formula; we use the formula.
 
-Legend: l tokens thought, b budget.
+    torchrun train.py --phase bard-data    compress a teacher's chains to several budgets
+    torchrun train.py --phase bard-sft     imitate them
+    torchrun train.py --phase bard-rl      reinforce
+    python bard.py measure --model DIR --budgets 64,128 --questions FILE   adherence and accuracy
+    python bard.py ask "which is ..." --model DIR --budget 64 [--hard-stop]
+
+A row of a question file may say how its answer is compared: "answer_kind": "integer" (AIME) or
+"choice" (GPQA). Tokens of compressed chains are those of the student's tokenizer.
+
+Legend: l tokens of thinking, b budget.
 """
 
 import itertools
-import json
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-import trails
-from config import setting
-from data import Question, is_correct, parse_question, read_rows
-from episode import Episode, Segment, num_thinking_tokens, prompt_segment, save_episodes, thinking
-from model import Tokenizer
+import eval as evaluation
+from data import Question, exact_match, parse_question, read_rows
+from distil import Schedule, distil
+from episode import Episode, Segment, begin_episode, episode_text, load_episodes, save_episodes
+from eval import SHARED, AgentSettings, EvalSettings
+from infra import config
+from infra.config import setting
+from infra.run import Run, launch
+from reinforce import reinforce
 from retriever import Retriever
-from rollout import Policy, RolloutSettings, generate
+from rollout import Policy, RolloutSettings, generate, load_protocol
+from sampling import write_episodes
+from session import Session, Task, open_frozen, open_session, open_student
+from settings import TrainSettings
+from settings import with_defaults as with_core_defaults
+from tokenizer import Tokenizer
 
+PHASES = ("bard-data", "bard-sft", "bard-rl")
 REWARDS = ("multiplicative", "additive", "l1_max")
+BUDGET_TEXT = "Think for at most {budget} tokens."  # BARD's own words are not known
 COMPRESS_PROMPT = (
-    "Below are a question, a line of reasoning about it and the answer that it reaches. Rewrite the reasoning so that "
-    "it takes at most {budget} tokens: keep the steps without which the answer could not be found, in their order, "
-    "drop repetitions, doubts and detours, add nothing new, and end with the answer. Write the shorter reasoning "
-    "alone.\n\n"
+    "Below are a question, a line of reasoning about it and the answer that it reaches. Rewrite "
+    "the reasoning so that it takes at most {budget} tokens: keep the steps without which the "
+    "answer could not be found, in their order, drop repetitions, doubts and detours, add nothing "
+    "new, and end with the answer. Write the shorter reasoning alone.\n\n"
     "Question: {question}\n\nReasoning: {chain}\n\nAnswer: {answer}"
 )
-TURN = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<(search|answer)>((?:(?!<think>).)*?)</\1>", re.DOTALL)
-MAX_ACTION_TOKENS = 48  # of a query or an answer: more would be thinking that is not counted
+THINK_END, ANSWER_START = "</think>", "<answer>"
+TURN = re.compile(r"(?s)\s*<think>(?:(?!</?think>).)*</think>\s*"
+                  r"<(search|answer)>((?:(?!<think>).)*?)</\1>")
 TAG = re.compile(r"</?(?:think|answer|search|information)>")
+MAX_ACTION_TOKENS = 48  # a longer query or answer would be thinking that is not counted
+# Keys of a row of a chains file that do not belong to its question.
+CHAIN_KEYS = ("chain", "answer", "segments", "status", "score", "queries", "instruction", "source")
+
+
+# ---- settings ----
 
 
 @dataclass
-class BardSettings(RolloutSettings):
-    budgets: tuple[int, ...] = setting((), "bard: tokens to think; a question gets one of them")
+class BudgetSettings:
+    """What a preset's table [bard] may hold: all commands read it."""
+
+    budgets: tuple[int, ...] = setting((), "tokens to think; a question gets one of them")
+    budget_text: str = setting(BUDGET_TEXT, "how a budget is told; empty: the agent is not told")
+
+
+@dataclass
+class BardSettings(BudgetSettings, TrainSettings):
+    phase: str = setting("bard-sft", "what to run", choices=PHASES)
+    episodes: str = setting("runs/versions.jsonl", "compressed chains: of bard-data, for bard-sft")
     versions_per_question: int = setting(6, "bard-data: budgets that each chain is compressed to")
-    chains: str = setting("", "bard-data: the teacher's chains, rows with question, golden_answers, chain, or an "
-                          "episodes file; empty: the teacher is asked")
-    compressor: str = setting("trails", "bard-data: 'trails' (the embedded world's rules) or a checkpoint")
-    compress_prompt: str = setting("", "bard-data: a file with {question} {chain} {answer} {budget}; empty: ours")
+    chains: str = setting("", "bard-data: the teacher's chains, rows with question, "
+                          "golden_answers, chain, or an episodes file; empty: the teacher is asked")
+    compressor: str = setting("trails", "bard-data: trails (the world's rules) or a checkpoint")
+    compress_prompt: str = setting("", "bard-data: a file with {question} {chain} {answer} "
+                                   "{budget}; empty: ours")
     compress_tries: int = setting(3, "bard-data: attempts of a compressor that samples")
-    min_fill: float = setting(0.5, "bard-data: least length of a compressed chain, as a share of its budget")
+    min_fill: float = setting(0.5, "bard-data: least share of its budget that a version fills")
     budget_reward: str = setting("multiplicative", "bard-rl: form of the reward", choices=REWARDS)
-    budget_tolerance: float = setting(0.5, "bard-rl: overshoot, as a share of the budget, that is worth nothing")
+    budget_tolerance: float = setting(0.5, "bard-rl: share of overshoot that is worth nothing")
     budget_use: float = setting(0.0, "bard-rl: share of the reward that is for using the budget")
-    budget_weight: float = setting(0.5, "bard-rl: additive: what fidelity is worth beside a right answer")
+    budget_weight: float = setting(0.5, "bard-rl: additive: what fidelity alone is worth")
     l1_alpha: float = setting(3e-4, "bard-rl: l1_max: slope per token (its paper's)")
-    l1_delta: float = setting(0.5, "bard-rl: l1_max: what is left at the budget itself (its paper's)")
+    l1_delta: float = setting(0.5, "bard-rl: l1_max: what is left at the budget (its paper's)")
+
+
+def with_defaults(settings: BardSettings) -> BardSettings:
+    """Settings with what the phase implies where they are left open; refuses what cannot work."""
+    if settings.phase == "bard-rl" and not settings.advantage:
+        settings = replace(settings, advantage="group")
+    check_settings(settings)
+    return with_core_defaults(settings)
+
+
+def check_settings(settings: BardSettings) -> None:
+    """Refuse settings that no phase of BARD can work with."""
+    check_budgets(settings.budgets, settings)
+    for name, low, high in (("budget_use", 0, 1), ("min_fill", 0, 1),
+                            ("versions_per_question", 2, math.inf),
+                            ("compress_tries", 1, math.inf), ("budget_tolerance", 0, math.inf)):
+        value = vars(settings)[name]
+        if not low <= value <= high:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: got {value}, expected {low} to {high}")
+    if settings.phase == "bard-data" and not settings.student:
+        raise ValueError("--student: got no checkpoint, expected one: budgets count its tokens")
+    # What the teacher is asked for bard-data may follow any protocol.
+    protocol = "search-r1" if settings.phase == "bard-data" else settings.protocol
+    check_own_reward(settings, "search-r1", protocol)
+
+
+def check_own_reward(settings: TrainSettings, tags: str, protocol: str) -> None:
+    """Refuse settings that do not fit a phase with a reward of its own; QAgent's asks, too.
+
+    tags, protocol: names of the protocol whose tags that reward reads, and of the one in use.
+    """
+    if settings.reward:
+        raise ValueError(f"--reward {settings.reward}: got it for phase {settings.phase}, which "
+                         "has its own; drop it")
+    if protocol != tags:
+        raise ValueError(f"--protocol {settings.protocol}: got it for phase {settings.phase}, "
+                         f"whose reward reads the tags of {tags}; give --protocol {tags}")
+    if (settings.kl_where, settings.advantage, settings.kl_in) == ("wrong", "group", "reward"):
+        raise ValueError("--kl-in reward: got it with --kl-where wrong and advantages of groups, "
+                         "which would blow the KL of a group that is all wrong up to the size of a "
+                         "right answer; give --kl-in loss")
+
+
+def check_budgets(
+    budgets: Sequence[int], settings: "BardSettings | MeasureSettings | AskSettings", *,
+    stops: bool = False,
+) -> None:
+    """Refuse budgets that an episode, or with a hard stop a turn, has no room for."""
+    if not budgets:
+        raise ValueError("--budgets: got none, expected at least one, --budgets 128 256 512 for "
+                         "example")
+    check_budget_text(settings.budget_text)
+    room = settings.max_context_tokens
+    for budget in budgets:
+        if not 0 < budget < room:
+            raise ValueError(f"budget: got {budget}, expected 1 to {room - 1} tokens: it must fit "
+                             f"into --max-context-tokens {room}")
+        if stops and settings.max_turns == 0 and budget >= settings.max_new_tokens:
+            raise ValueError(f"--hard-stop: got a budget of {budget} and --max-new-tokens "
+                             f"{settings.max_new_tokens}, which ends the turn first; raise "
+                             "--max-new-tokens")
+
+
+def check_budget_text(text: str) -> None:
+    if text and "{budget}" not in text:
+        raise ValueError(f"--budget-text: got {text!r}, expected {{budget}} where the number "
+                         "belongs, or nothing at all")
+
+
+# ---- a question's budget, and how its answer is compared ----
+
+
+def tell(question: Question, budget: int, budget_text: str) -> Question:
+    """The question with a budget, told by budget_text; an empty text keeps it from the agent."""
+    check_budget_text(budget_text)
+    return replace(question, instruction=budget_text.replace("{budget}", str(budget)),
+                   metadata={**question.metadata, "budget": budget})
+
+
+def budget_of(question: Question) -> int | None:
+    """The tokens that may be thought about a question; None: it has no budget."""
+    budget = question.metadata.get("budget")
+    if not isinstance(budget, int | None):
+        raise ValueError(f"{question.id}: got budget {budget!r}, expected a whole number")
+    return budget
+
+
+def draw_budgets(
+    questions: Sequence[Question], budgets: Sequence[int], budget_text: str, *seeds: int
+) -> list[Question]:
+    """Each question with one of the budgets, which depends on the seeds and on its place alone."""
+    drawn = np.random.default_rng((*seeds, 4)).choice(np.array(budgets), len(questions))
+    return [tell(q, int(budget), budget_text) for q, budget in zip(questions, drawn, strict=True)]
+
+
+def integer_match(prediction: str | None, golds: Sequence[str]) -> float:
+    """1 if the prediction's only number is a gold one; "$\\boxed{042}$" is "42" (not in paper)."""
+    numbers = _numbers(prediction or "")
+    return float(len(numbers) == 1 and any(numbers == _numbers(gold) for gold in golds))
+
+
+def _numbers(text: str) -> set[str]:
+    """The distinct numbers of a text, or of its last \\boxed{}, in one spelling."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    text = boxed[-1] if boxed else text
+    numbers = set()
+    for number in re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text):
+        number = re.sub(r"^(-?)0+(?=\d)", r"\1", number.replace(",", ""))  # leading zeros
+        number = re.sub(r"\.0+$", "", number)
+        numbers.add("0" if number == "-0" else number)
+    return numbers
+
+
+def choice_match(prediction: str | None, golds: Sequence[str]) -> float:
+    """1 if the prediction names a gold option: "(c)", "C. so", "the answer is C" (not in paper)."""
+    letter = _letter(prediction or "")
+    return float(letter is not None and any(letter == _letter(gold) for gold in golds))
+
+
+def _letter(text: str) -> str | None:
+    """The option that a text, or its last \\boxed{}, names."""
+    boxed = re.findall(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", text)
+    text = (boxed[-1] if boxed else text).strip().strip("*").strip()
+    match = re.match(r"\(?([A-J])\)?(?:[.):]|$)", text, re.IGNORECASE)
+    if match is None:
+        said = r"(?i:answer(?: is)?:?\s*(?:option\s*)?)\(?([A-J])\)?(?![A-Za-z])"
+        match = re.search(said, text)
+    return match[1].upper() if match else None
+
+
+ANSWER_KINDS = {"text": exact_match, "integer": integer_match, "choice": choice_match}
+READERS: dict[str, Callable[[str], Any]] = {"integer": _numbers, "choice": _letter}
+
+
+def with_answer_kind(question: Question, where: str = "") -> Question:
+    """The question with the comparison of answers that its row's "answer_kind" asks for.
+
+    An unknown kind, or a gold answer of another kind, is an error that names `where` or its id.
+    """
+    where = where or question.id
+    kind = question.metadata.get("answer_kind", "text")
+    if not isinstance(kind, str) or kind not in ANSWER_KINDS:
+        raise ValueError(f"{where}: got {kind!r} for answer_kind, expected one of "
+                         f"{', '.join(ANSWER_KINDS)}")
+    if kind in READERS and not all(map(READERS[kind], question.golden_answers)):
+        raise ValueError(f"{where}: got {question.golden_answers} for golden_answers, expected "
+                         f"answers of kind {kind}")
+    return replace(question, match=ANSWER_KINDS[kind])
+
+
+# ---- what is thought ----
+
+
+class Thinking(NamedTuple):
+    num_tokens: int  # strictly inside <think> and </think>
+    is_open: bool  # whether the last block has no end yet
+
+
+def thinking(ids: Sequence[int], tokenizer: Tokenizer) -> Thinking:
+    """The thinking in one agent turn. A token that holds a part of a tag counts for the tag."""
+    closers = tokenizer.containing(">")  # only ">" completes a tag
+    num_tokens, begin, is_open = 0, 0, False
+    for i, token in enumerate(ids):
+        if token not in closers:
+            continue
+        text = tokenizer.decode(ids[begin : i + 1])
+        if not is_open and "<think>" in text:
+            is_open, begin = True, i + 1
+        elif is_open and THINK_END in text:
+            tag = i
+            while THINK_END not in tokenizer.decode(ids[tag : i + 1]):
+                tag -= 1
+            num_tokens += tag - begin
+            is_open, begin = False, i + 1
+    if is_open:
+        num_tokens += len(ids) - begin
+    return Thinking(num_tokens, is_open)
+
+
+def num_thinking_tokens(episode: Episode, tokenizer: Tokenizer) -> int:
+    """l, which a budget limits: the agent's tokens inside its thinking, over all turns."""
+    turns = [segment for segment in episode.segments if segment.author == "agent"]
+    return sum(thinking(turn.ids, tokenizer).num_tokens for turn in turns)
+
+
+def hard_stop(episode: Episode, tokenizer: Tokenizer) -> Segment | None:
+    """At the budget: closes the thinking in the agent's place and lets it write the answer.
+
+    It is a Protocol's `interrupt`. Thinking that is just closing by itself is left alone.
+    """
+    budget = budget_of(episode.question)
+    turns = [segment for segment in episode.segments if segment.author == "agent"]
+    if budget is None or sum(len(turn.ids) for turn in turns) < budget:
+        return None  # before anything is decoded: this is called for every token
+    thoughts = [thinking(turn.ids, tokenizer) for turn in turns]
+    if not thoughts[-1].is_open or sum(thought.num_tokens for thought in thoughts) < budget:
+        return None
+    tail = tokenizer.decode(turns[-1].ids[-len(THINK_END) :])
+    if any(THINK_END.startswith(tail[i:]) for i in range(len(tail))):
+        return None
+    ids = tokenizer.encode(f" {THINK_END}\n{ANSWER_START}")
+    return Segment("environment", ids, opens=ANSWER_START)
+
+
+def is_countable(episode: Episode, tokenizer: Tokenizer) -> bool:
+    """Whether each turn is one thought and one short action, so that all thinking is counted."""
+    if episode.status != "answered":
+        return False
+    turns = [TURN.match(tokenizer.decode(s.ids)) for s in episode.segments if s.author == "agent"]
+    return all(turn and len(tokenizer.encode(turn[2])) <= MAX_ACTION_TOKENS for turn in turns)
 
 
 # ---- rewards ----
 
 
 def fidelity(length: int, budget: int, *, tolerance: float, use: float = 0.0) -> float:
-    """1 for l <= b, falling linearly to 0 at l = (1 + tolerance) b; use: 1 - use (1 - l / b) below the budget."""
+    """1 for l <= b, falling linearly to 0 at l = (1 + tolerance) b.
+
+    use: below the budget the value is 1 - use (1 - l / b).
+    """
     if length <= budget:
         return 1 - use * (1 - length / budget)
-    return max(0.0, 1 - (length - budget) / (tolerance * budget)) if tolerance > 0 else 0.0
+    if tolerance == 0:
+        return 0.0
+    return max(0.0, 1 - (length - budget) / (tolerance * budget))
 
 
-def multiplicative(correct: float, length: int, budget: int, *, tolerance: float, use: float = 0.0) -> float:
-    """Right and within the budget: a short wrong answer is worth nothing (BARD's form, as reported)."""
-    return correct * fidelity(length, budget, tolerance=tolerance, use=use)
+def multiplicative(correct: float, length: int, budget: int, **shape: float) -> float:
+    """Right and within the budget: a short wrong answer is worth nothing (BARD's, as reported)."""
+    return correct * fidelity(length, budget, **shape)
 
 
-def additive(correct: float, length: int, budget: int, *, tolerance: float, weight: float, use: float = 0.0) -> float:
-    """The ablation: a short wrong answer is worth `weight`."""
-    return correct + weight * fidelity(length, budget, tolerance=tolerance, use=use)
+def additive(correct: float, length: int, budget: int, *, weight: float, **shape: float) -> float:
+    """The ablation: a short wrong answer is worth `weight`; shape: see `fidelity`."""
+    return correct + weight * fidelity(length, budget, **shape)
 
 
 def l1_max(correct: float, length: int, budget: int, *, alpha: float, delta: float) -> float:
@@ -103,276 +364,415 @@ def l1_max(correct: float, length: int, budget: int, *, alpha: float, delta: flo
 
 
 def reward(episode: Episode, tokenizer: Tokenizer, settings: BardSettings) -> float:
-    """Of an episode with a budget; one whose turns are not <think>..</think> and an action is worth nothing."""
-    if not is_well_formed(episode, tokenizer):
+    """What an episode with a budget is worth; 0 if some of its thinking cannot be counted."""
+    if not is_countable(episode, tokenizer):
         return 0.0
-    budget, length = episode.question.budget, num_thinking_tokens(episode, tokenizer)
-    scored = (episode.score, length, budget)
+    correct, budget = episode.score, budget_of(episode.question)
+    length = num_thinking_tokens(episode, tokenizer)
     if settings.budget_reward == "l1_max":
-        return l1_max(*scored, alpha=settings.l1_alpha, delta=settings.l1_delta)
+        return l1_max(correct, length, budget, alpha=settings.l1_alpha, delta=settings.l1_delta)
     shape = {"tolerance": settings.budget_tolerance, "use": settings.budget_use}
     if settings.budget_reward == "additive":
-        return additive(*scored, weight=settings.budget_weight, **shape)
-    return multiplicative(*scored, **shape)
+        return additive(correct, length, budget, weight=settings.budget_weight, **shape)
+    return multiplicative(correct, length, budget, **shape)
 
 
-def is_well_formed(episode: Episode, tokenizer: Tokenizer) -> bool:
-    """Whether each of the agent's turns is one thought and one short action, so that all thinking is counted.
-
-    A turn that a hard stop has ended is not.
-    """
-    turns = [TURN.match(tokenizer.decode(s.ids)) for s in episode.segments if s.author == "agent"]
-    return episode.status == "answered" and all(
-        turn and len(tokenizer.encode(turn[2])) <= MAX_ACTION_TOKENS for turn in turns)
-
-
-# ---- checks of settings ----
-
-
-def check_settings(settings: BardSettings) -> None:
-    """Of the phases of BARD."""
-    if not settings.budgets:
-        raise ValueError("--budgets: got none, expected the budgets to train for, --budgets 128 256 512 for example")
-    for name, low, high in (("budget_use", 0, 1), ("min_fill", 0, 1), ("versions_per_question", 2, math.inf),
-                            ("compress_tries", 1, math.inf), ("budget_tolerance", 0, math.inf)):  # fmt: skip
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected {low} to {high}")
-    if settings.hard_stop:
-        raise ValueError("--hard-stop: got it for training, where it would put words into the agent's mouth; it is for "
-                         "eval.py and rollout.py ask")
+def report_thinking(episodes: Sequence[Episode], tokenizer: Tokenizer) -> dict[str, float]:
+    """Sums over the episodes of a step: tokens of thinking, and thoughts within the budget."""
+    lengths = [num_thinking_tokens(episode, tokenizer) for episode in episodes]
+    within = [n <= budget_of(e.question) for n, e in zip(lengths, episodes, strict=True)]
+    return {"thinking": sum(lengths), "adherence": sum(within)}
 
 
 # ---- data: a teacher's chains, compressed ----
 
 
-def read_chains(path: str | Path) -> tuple[list[tuple[Question, str]], int]:
-    """(questions and right chains of a file, how many rows were left out: wrong, or of several turns).
+class Chain(NamedTuple):
+    question: Question
+    text: str  # the reasoning, without tags
 
-    A row has a "chain" (and an "answer", when the teacher's may be wrong), or is an episode whose one turn has the
-    chain in its thinking.
+
+def read_chains(path: str | Path) -> tuple[list[Chain], int]:
+    """The right chains of a file, and how many rows were left out: wrong, or of several turns.
+
+    A row has a "chain", and an "answer" if the teacher's may be wrong, or it is an episode.
     """
-    found, num_left_out = [], 0
+    chains: list[Chain] = []
+    num_left_out = 0
     for number, row in read_rows(Path(path)):
         where = f"{path}:{number}"
-        question = parse_question(row, row.get("source") or Path(path).stem, str(len(found)), where)
-        chain, answer = row.get("chain"), row.get("answer", question.golden_answers[0])
-        segments = row.get("segments")
-        if chain is None and isinstance(segments, list) and all(isinstance(s, dict) for s in segments):
-            turns = [s.get("text") for s in segments if s.get("author") == "agent"]
-            chain = turns[0] if len(turns) == 1 else ""
-            whole = isinstance(chain, str) and chain.lstrip().startswith("<think>") and "</think>" in chain
-            chain = chain.partition("</think>")[0] if whole else ""
-        if not isinstance(chain, str) or not isinstance(answer, str | None):
-            raise ValueError(f"{where}: got no chain, expected the teacher's reasoning as text under \"chain\", or an "
-                             "episode")
-        chain = chain.strip().removeprefix("<think>").removesuffix("</think>").strip()
-        if tag := TAG.search(chain):
-            raise ValueError(f"{where}: got {tag[0]} within a chain, expected reasoning without tags, or with one "
-                             "<think> and </think> around it")
-        if chain and is_correct(answer, question):
-            found.append((question, chain))
+        source, id = row.get("source") or Path(path).stem, str(len(chains))
+        question_row = {key: value for key, value in row.items() if key not in CHAIN_KEYS}
+        question = with_answer_kind(parse_question(question_row, source, id, where), where)
+        text, answer = chain_text(row, where), row.get("answer", question.golden_answers[0])
+        if not isinstance(answer, str | None):
+            raise ValueError(f"{where}: got answer {answer!r}, expected a text")
+        if text and question.match(answer, question.golden_answers):
+            chains.append(Chain(question, text))
         else:
             num_left_out += 1
-    if not found:
-        raise ValueError(f"{path}: got no right answer with a chain in {num_left_out} rows, expected at least one")
-    return found, num_left_out
+    if not chains:
+        raise ValueError(f"{path}: got no right answer with a chain in {num_left_out} rows, "
+                         "expected at least one")
+    return chains, num_left_out
 
 
-def version(tokenizer: Tokenizer, question: Question, chain: str, settings: BardSettings) -> Episode:
-    """What bard-sft learns from: the question with its budget, the chain, the first gold answer."""
-    text = f"<think> {chain} </think>\n<answer> {question.golden_answers[0]} </answer>"
-    prompt = prompt_segment(tokenizer, question, settings.prompt, settings.budget_text)
-    return Episode(question, [prompt, Segment("agent", tokenizer.encode(text))], "answered",
-                   question.golden_answers[0])
+def chain_text(row: dict[str, Any], where: str) -> str:
+    """The reasoning of a row, without its tags; empty for an episode that is not one thought."""
+    text, segments = row.get("chain"), row.get("segments")
+    is_episode = isinstance(segments, list) and all(isinstance(s, dict) for s in segments)
+    if text is None and is_episode:
+        turns = [str(s.get("text")) for s in segments if s.get("author") == "agent"]
+        thought = re.match(r"\s*<think>.*?</think>", "".join(turns), re.DOTALL)
+        text = thought[0] if thought and len(turns) == 1 else ""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: got no chain, expected the teacher's reasoning as text under "
+                         "\"chain\", or an episode")
+    text = text.strip().removeprefix("<think>").removesuffix(THINK_END).strip()
+    if tag := TAG.search(text):
+        raise ValueError(f"{where}: got {tag[0]} within a chain, expected reasoning without tags, "
+                         "or with one <think> and </think> around it")
+    return text
 
 
 def num_chain_tokens(tokenizer: Tokenizer, chain: str) -> int:
     """l of a chain that stands between its tags."""
-    return thinking(tokenizer.encode(f"<think> {chain} </think>"), tokenizer)[0]
+    return thinking(tokenizer.encode(f"<think> {chain} {THINK_END}"), tokenizer).num_tokens
+
+
+def draw_targets(chains: Sequence[Chain], settings: BardSettings) -> list[Chain]:
+    """Each chain at versions_per_question budgets, drawn for it; those of a chain ascend."""
+    targets, num = [], min(settings.versions_per_question, len(settings.budgets))
+    for number, (question, text) in enumerate(chains):
+        rng = np.random.default_rng((settings.seed, number, 5))
+        budgets = rng.choice(settings.budgets, num, replace=False)
+        targets += [Chain(tell(question, int(budget), settings.budget_text), text)
+                    for budget in sorted(budgets)]
+    return targets
 
 
 def compress(
-    chains: Sequence[tuple[Question, str]], student: Tokenizer, compressor: Policy | None, checker: Policy | None,
-    settings: BardSettings, *, seed: int,
+    chains: Sequence[Chain], student: Tokenizer, compressor: Policy | None,
+    checker: Policy | None, settings: BardSettings,
 ) -> tuple[list[Episode], dict[str, int]]:
-    """Versions of the chains for budgets drawn for each, and counts of what was kept and dropped, and why.
+    """Versions of the chains for budgets drawn for each, and counts of what became of them.
 
-    compressor: a model that is prompted; None: trails.compress. checker: a model that must find the answer when it
-    reads the chain, by greedy decoding; None: the chain must contain it.
+    compressor: a model that is prompted; None: world.trails.compress. checker: a model that must
+    find the answer when it reads the chain, by greedy decoding; None: the chain must contain it.
+    The counts of refusals are those of the last attempt.
     """
-    wanted: list[tuple[int, Question, str]] = []  # (chain's number, question with its budget, natural chain)
-    for i, (question, chain) in enumerate(chains):
-        rng = np.random.default_rng((seed, i, 5))
-        num = min(settings.versions_per_question, len(settings.budgets))
-        budgets = sorted(int(b) for b in rng.choice(np.array(settings.budgets), num, replace=False))
-        wanted += [(i, replace(question, budget=b), chain) for b in budgets]
-    accepted: dict[int, str] = {}  # by place in wanted
-    left = list(range(len(wanted)))
+    targets = draw_targets(chains, settings)
+    accepted: dict[int, str] = {}  # the version of each target, by its place in the list
+    places = list(range(len(targets)))  # of targets that have no version yet
     for attempt in range(1 if compressor is None else settings.compress_tries):
-        proposed = propose([wanted[k] for k in left], student, compressor, settings, seed=seed + attempt)
-        kept, refused = [], Counter[str]()
-        for k, chain in zip(left, proposed, strict=True):
-            if reason := refusal(chain, wanted[k][2], wanted[k][1].budget, student, settings.min_fill):
-                refused[reason] += 1
+        missing = [targets[k] for k in places]
+        proposed = propose(missing, student, compressor, settings, seed=settings.seed + attempt)
+        counts = Counter[str]()
+        fitting = {}
+        for k, text in zip(places, proposed, strict=True):
+            if reason := refusal(text, targets[k], student, settings.min_fill):
+                counts[reason] += 1
             else:
-                kept.append((k, chain))
-        right = check_answers([(wanted[k][1], chain) for k, chain in kept], checker, settings)
-        refused["answer lost"] = len(right) - sum(right)
-        accepted |= {k: chain for (k, chain), is_right in zip(kept, right, strict=True) if is_right}
-        left = [k for k in left if k not in accepted]
-    counts = refused  # of the last attempt
-    episodes = []
-    for _, group in itertools.groupby(range(len(wanted)), key=lambda k: wanted[k][0]):  # a question's budgets
-        places = list(group)
-        versions = [k for k in places if k in accepted]
-        # Budget, not difficulty, must explain the length: no question stands at its easy budgets alone.
-        if len(versions) < max(2, len(places) / 2) or len({accepted[k] for k in versions}) < 2:
+                fitting[k] = text
+        checked = [Chain(targets[k].question, text) for k, text in fitting.items()]
+        are_right = check_answers(checked, checker, settings)
+        counts["answer lost"] = are_right.count(False)
+        accepted.update(itertools.compress(fitting.items(), are_right))
+        places = [k for k in places if k not in accepted]
+    episodes, num = [], len(targets) // len(chains)  # budgets of a chain
+    for first in range(0, len(targets), num):
+        versions = [k for k in range(first, first + num) if k in accepted]
+        # The budget must explain the length, and not how hard the question is: no question may
+        # stand at its easy budgets alone.
+        if len(versions) < max(2, num / 2) or len({accepted[k] for k in versions}) < 2:
             counts["question with too few versions"] += len(versions)
             continue
         for k in versions:
-            counts["kept as it was" if accepted[k] == wanted[k][2] else "compressed"] += 1
-            episodes.append(version(student, wanted[k][1], accepted[k], settings))
+            is_natural = accepted[k] == targets[k].text
+            counts["kept as it was" if is_natural else "compressed"] += 1
+            episode = begin_episode(student, targets[k].question, settings.prompt)
+            episode.status, episode.answer = "answered", episode.question.golden_answers[0]
+            text = f"<think> {accepted[k]} {THINK_END}\n{ANSWER_START} {episode.answer} </answer>"
+            episode.segments.append(Segment("agent", student.encode(text)))
+            episodes.append(episode)
     return episodes, dict(counts)
 
 
-def refusal(chain: str | None, natural: str, budget: int, student: Tokenizer, min_fill: float) -> str:
-    """Why a version of a natural chain is not taken; empty: its length is as it should be."""
-    length = num_chain_tokens(student, chain) if chain else 0
-    if not chain:
+def refusal(text: str | None, target: Chain, student: Tokenizer, min_fill: float) -> str:
+    """Why a version of the target is not taken; empty if its length is as it should be."""
+    if not text:
         return "no chain"
+    length, budget = num_chain_tokens(student, text), budget_of(target.question)
     if length > budget:
         return "too long"
-    return "too short" if length < min_fill * budget and chain != natural else ""
+    return "too short" if length < min_fill * budget and text != target.text else ""
 
 
 def propose(
-    wanted: Sequence[tuple[int, Question, str]], student: Tokenizer, compressor: Policy | None,
+    targets: Sequence[Chain], student: Tokenizer, compressor: Policy | None,
     settings: BardSettings, *, seed: int,
 ) -> list[str | None]:
-    """A chain for each; one that fits already is kept."""
-    def length(text: str) -> int:
-        return num_chain_tokens(student, text)
-
-    proposed: list[str | None] = [chain if length(chain) <= q.budget else None for _, q, chain in wanted]
-    open_places = [k for k, chain in enumerate(proposed) if chain is None]
+    """A version for each target; None if the compressor wrote none. A chain that fits is kept."""
+    length = partial(num_chain_tokens, student)
+    budgets = [budget_of(question) for question, _ in targets]
+    proposed = [text if length(text) <= budget else None
+                for (_, text), budget in zip(targets, budgets, strict=True)]
+    places = [k for k, text in enumerate(proposed) if text is None]
     if compressor is None:
-        for k in open_places:
-            _, question, chain = wanted[k]
-            proposed[k] = trails.compress(chain, question.budget, length)
+        from world import trails  # the embedded world's rules: nothing else here needs the world
+
+        for k in places:
+            proposed[k] = trails.compress(targets[k].text, budgets[k], length)
         return proposed
-    template = Path(settings.compress_prompt).read_text(encoding="utf-8") if settings.compress_prompt else (
-        COMPRESS_PROMPT)
-    asked = []
-    for k in open_places:
-        _, question, chain = wanted[k]
-        text = template
-        for key, value in (("{budget}", str(question.budget)), ("{answer}", question.golden_answers[0]),
-                           ("{question}", question.question), ("{chain}", chain)):
-            text = text.replace(key, value)
-        asked.append(replace(question, budget=None, prompt=[{"role": "user", "content": text}]))
-    longest = max((q.budget for _, q, _ in wanted), default=0)
-    room = max(longest + 16, settings.max_new_tokens)  # it may think before it writes
-    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=room, temperature=1.0, hard_stop=False)
-    for k, episode in zip(open_places, generate(compressor, None, asked, rules, seed=seed, progress="compressor"),
-                          strict=True):
+    prompt, asked = COMPRESS_PROMPT, []
+    if settings.compress_prompt:
+        prompt = Path(settings.compress_prompt).read_text(encoding="utf-8")
+    for k in places:
+        question, text = targets[k].question, prompt
+        for place, value in (("{budget}", str(budgets[k])),
+                             ("{answer}", question.golden_answers[0]),
+                             ("{question}", question.question), ("{chain}", targets[k].text)):
+            text = text.replace(place, value)
+        asked.append(replace(question, instruction="", prompt=[{"role": "user", "content": text}]))
+    room = max([settings.max_new_tokens, *(b + 16 for b in budgets)])  # it may think first
+    rules = replace(settings, prompt="row", max_turns=0, max_new_tokens=room, temperature=1.0)
+    episodes = generate(compressor, None, asked, rules, seed=seed, progress="compressor")
+    for k, episode in zip(places, episodes, strict=True):
         written = episode.segments[-1]
-        # A prompt that fills the context is not answered, and an answer that was cut off is not a chain.
-        if written.author == "agent" and written.ids and written.ids[-1] == compressor.tokenizer.eos_id:
-            text = compressor.tokenizer.decode(written.ids).rpartition("</think>")[2]  # not what it thought itself
+        # A prompt that fills the context is not answered; an answer that was cut off is no chain.
+        if written.author == "agent" and written.ids[-1:] == [compressor.tokenizer.eos_id]:
+            text = compressor.tokenizer.decode(written.ids).rpartition(THINK_END)[2]
             proposed[k] = TAG.sub(" ", text).strip() or None
     return proposed
 
 
-def check_answers(chains: Sequence[tuple[Question, str]], checker: Policy | None, settings: BardSettings) -> list[bool]:
-    """Whether each chain alone leads to its question's answer."""
+def check_answers(
+    chains: Sequence[Chain], checker: Policy | None, settings: BardSettings
+) -> list[bool]:
+    """Whether each chain alone leads to its question's answer; for the checker see `compress`."""
     if checker is None:
-        return [any(gold.lower() in chain.lower() for gold in q.golden_answers) for q, chain in chains]
-    shown = [checker.tokenizer.encode(f"<think> {chain} </think>\n") for _, chain in chains]
-    rules = replace(settings, max_turns=0, temperature=0.0, hard_stop=False, budget_text="")
-    episodes = generate(checker, None, [q for q, _ in chains], rules, seed=0, shown=shown, forced="<answer>",
-                        progress="answers")
+        return [any(gold.lower() in text.lower() for gold in question.golden_answers)
+                for question, text in chains]
+    episodes = []
+    for question, text in chains:
+        shown = checker.tokenizer.encode(f"<think> {text} {THINK_END}\n")
+        episodes.append(begin_episode(
+            checker.tokenizer, replace(question, instruction=""), settings.prompt, shown=shown,
+            opens=ANSWER_START))
+    rules = replace(settings, max_turns=0, temperature=0.0)
+    episodes = generate(checker, None, episodes, rules, seed=0, progress="answers")
     return [episode.score == 1 for episode in episodes]
 
 
 def write_versions(
-    path: str | Path, chains_path: str | Path, student: Tokenizer, compressor: Policy | None, checker: Policy | None,
-    settings: BardSettings, *, seed: int,
+    chains_path: str, student: Tokenizer, compressor: Policy | None, checker: Policy | None,
+    settings: BardSettings,
 ) -> str:
-    """Phase bard-data: the file that bard-sft reads, and beside it what was dropped; returns a line for the log."""
+    """Write the file that bard-sft reads, and counts beside it; returns a line for the log."""
+    path = settings.episodes
     chains, num_left_out = read_chains(chains_path)
-    if compressor and not checker and any(question.answer_kind != "text" for question, _ in chains):
-        raise ValueError(f"{chains_path}: got options or integers, which any text may contain, expected a teacher that "
-                         "finds them in the compressed chains; give --teacher")
-    episodes, counts = compress(chains, student, compressor, checker, settings, seed=seed)
+    if compressor and not checker and any(c.question.match != exact_match for c in chains):
+        raise ValueError(f"{chains_path}: got options or integers, which any text may contain, "
+                         "expected a teacher that finds them in the compressed chains; give "
+                         "--teacher")
+    episodes, counts = compress(chains, student, compressor, checker, settings)
     if not episodes:
-        raise ValueError(f"{path}: got no chain through the filters, expected some; {counts}; try other --budgets, a "
-                         "lower --min-fill or another --compressor")
+        raise ValueError(f"{path}: got no chain through the filters, expected some; {counts}; try "
+                         "other --budgets, a lower --min-fill or another --compressor")
     save_episodes(path, episodes, student)
     lengths: dict[int, list[int]] = {}
     for episode in episodes:
-        lengths.setdefault(episode.question.budget, []).append(num_thinking_tokens(episode, student))
-    found = {"chains": len(chains), "rows left out": num_left_out, "versions": len(episodes), "counts": counts,
-             "mean_length": {b: round(float(np.mean(lengths[b])), 1) for b in sorted(lengths)},
-             "versions_at": {b: len(lengths[b]) for b in sorted(lengths)}, "settings": asdict(settings)}
-    Path(path).with_suffix(".counts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return f"{path}: {len(episodes)} versions of {len(chains)} chains ({num_left_out} rows left out); " + ", ".join(
-        f"{reason} {count}" for reason, count in counts.items() if count)
+        length = num_thinking_tokens(episode, student)
+        lengths.setdefault(budget_of(episode.question), []).append(length)
+    evaluation.write_result(Path(path).with_suffix(".counts.json"), {
+        "chains": len(chains), "rows left out": num_left_out, "versions": len(episodes),
+        "counts": counts,
+        "mean_length": {b: round(float(np.mean(lengths[b])), 1) for b in sorted(lengths)},
+        "versions_at": {b: len(lengths[b]) for b in sorted(lengths)},
+        "settings": asdict(settings),
+    })
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
+    return (f"{path}: {len(episodes)} versions of {len(chains)} chains ({num_left_out} rows left "
+            f"out); {reasons}")
+
+
+# ---- phases ----
+
+
+def train(argv: list[str]) -> None:
+    """Run one of PHASES; train.py hands over to it."""
+    settings = config.load(
+        BardSettings, argv, prog="bard.py", description=__doc__.split("\n")[0],
+        default_config=evaluation.DEFAULT_CONFIG)
+    settings = with_defaults(settings)
+    phases = {"bard-data": make_versions, "bard-sft": imitate_versions,
+              "bard-rl": reinforce_within_budget}
+    launch(settings, partial(phases[settings.phase], settings=settings))
+
+
+def open_questions(settings: BardSettings, device: torch.device, *, asks: bool) -> Session:
+    """A session whose questions know how their answers are compared."""
+    session = open_session(settings, device, Task(), asks=asks)
+    return session._replace(questions=[*map(with_answer_kind, session.questions)],
+                            val_questions=[*map(with_answer_kind, session.val_questions)])
+
+
+def make_task(settings: BardSettings, tokenizer: Tokenizer) -> Task:
+    """What both loops ask of the agent, and what the second one pays for."""
+
+    def prepare(questions: list[Question], *seeds: int) -> list[Question]:
+        return draw_budgets(questions, settings.budgets, settings.budget_text, *seeds)
+
+    def report(episodes: list[Episode]) -> dict[str, float]:
+        return report_thinking(episodes, tokenizer)
+
+    task = Task(prepare=prepare, val_report=lambda e: {"adherence": report(e)["adherence"]})
+    if settings.phase == "bard-sft":
+        return task
+    return task._replace(reward=lambda e: [reward(episode, tokenizer, settings) for episode in e],
+                         report=report, drop_equal_groups=True)
+
+
+def make_versions(run: Run, settings: BardSettings) -> None:
+    """Phase bard-data: compress chains of a file, or of the teacher, which all processes ask."""
+    session = open_questions(settings, run.device, asks=not settings.chains)
+    teacher = open_frozen(settings, run.device, "teacher") if settings.teacher else None
+    chains = settings.chains
+    if not chains:
+        chains = str(Path(settings.episodes).with_suffix(".chains.jsonl"))
+        if run.agree(Path(chains).exists()):
+            run.say(f"{chains} is there already: its chains are taken; remove it to ask the "
+                    "teacher again")
+        elif teacher is None:
+            raise ValueError("--teacher: got no checkpoint and no --chains, expected either to "
+                             "reason from")
+        else:
+            write_episodes(run, settings, teacher, session, chains)
+    if run.rank > 0:
+        return  # these processes have nothing to wait for
+    compressor = checker = None
+    if settings.compressor != "trails":
+        # The rules of trails need no checker. They say the answer, and a teacher that has seen
+        # natural chains alone may misread short ones.
+        compressor, checker = open_frozen(settings, run.device, "compressor"), teacher
+    student = Tokenizer.load(settings.student)
+    run.say(write_versions(chains, student, compressor, checker, settings))
+
+
+def imitate_versions(run: Run, settings: BardSettings) -> None:
+    """Phase bard-sft: cross-entropy on what bard-data wrote."""
+
+    def prepare(question: Question) -> Question:
+        budget = budget_of(question)
+        if budget is None:
+            raise ValueError(f"--episodes {settings.episodes}: got episodes without a budget, "
+                             "expected those that --phase bard-data writes")
+        return tell(with_answer_kind(question), budget, settings.budget_text)
+
+    session = open_questions(settings, run.device, asks=settings.eval_every > 0)
+    student = open_student(run, settings)
+    if not run.agree(Path(settings.episodes).exists()):
+        raise ValueError(f"--episodes: got {settings.episodes}, which is not there, expected "
+                         "episodes to learn from; --phase bard-data makes them")
+    episodes = load_episodes(
+        settings.episodes, student.tokenizer, prompt=settings.prompt, prepare=prepare)
+    task = make_task(settings, student.tokenizer)
+    distil(run, settings, student, None, session, task, Schedule(settings, episodes))
+
+
+def reinforce_within_budget(run: Run, settings: BardSettings) -> None:
+    """Phase bard-rl: GRPO, or PPO with --advantage gae."""
+    session = open_questions(settings, run.device, asks=True)
+    student = open_student(run, settings)
+    guide = open_own_guide(settings, run.device, student)
+    task = make_task(settings, student.tokenizer)
+    reinforce(run, settings, student, guide, session, task)
+
+
+def open_own_guide(
+    settings: TrainSettings, device: torch.device, student: Policy
+) -> Policy | None:
+    """The teacher if only wrong episodes are guided, else the initial policy; QAgent's, too."""
+    if settings.kl_where == "none":
+        return None
+    role = "teacher" if settings.kl_where == "wrong" else "student"
+    return open_frozen(settings, device, role, student)
 
 
 # ---- measures ----
 
 
-def measure(
-    policy: Policy, questions: Sequence[Question], settings: RolloutSettings, budgets: Sequence[int], *,
-    seed: int = 0, retriever: Retriever | None = None, progress: bool = False,
+def measure_budgets(
+    policy: Policy, questions: Sequence[Question], settings: RolloutSettings,
+    budgets: Sequence[int], *, budget_text: str = BUDGET_TEXT, seed: int = 0,
+    retriever: Retriever | None = None, progress: bool = False,
 ) -> dict[str, Any]:
-    """Every question at every budget: what is thought, and how often it is right, freely and with a hard stop.
+    """Ask every question at every budget, freely and with a hard stop.
 
-    accuracy is with the hard stop, so that methods are compared at equal compute; accuracy_free without.
+    Returns summarize_budgets and "rows", one for each question and budget. "accuracy" is with the
+    hard stop, so that methods are compared at equal compute; "accuracy_free" is without.
     """
+    free = load_protocol(settings.protocol)
+    protocols = {"": free, ", hard stop": free._replace(interrupt=hard_stop)}
     rows = []
     for budget in budgets:
-        told = [replace(question, budget=budget) for question in questions]
-        free, stopped = (
-            generate(policy, retriever, told, replace(settings, hard_stop=stop), seed=seed,
-                     progress=f"budget {budget}{', hard stop' * stop}" if progress else "")
-            for stop in (False, True))
-        rows += [{"id": e.question.id, "budget": budget, "length": num_thinking_tokens(e, policy.tokenizer),
-                  "correct_free": e.score, "correct": s.score, "status": e.status,
-                  "formed": is_well_formed(e, policy.tokenizer)}
-                 for e, s in zip(free, stopped, strict=True)]
-    return summarize(rows) | {"rows": rows}
+        told = [tell(question, budget, budget_text) for question in questions]
+        free_episodes, stopped_episodes = (
+            generate(policy, retriever, told, settings, seed=seed, protocol=protocol,
+                     progress=f"budget {budget}{name}" if progress else "")
+            for name, protocol in protocols.items())
+        for episode, stopped in zip(free_episodes, stopped_episodes, strict=True):
+            rows.append({
+                "id": episode.question.id, "budget": budget,
+                "length": num_thinking_tokens(episode, policy.tokenizer),
+                "correct_free": episode.score, "correct": stopped.score, "status": episode.status,
+                "formed": is_countable(episode, policy.tokenizer)})
+    return summarize_budgets(rows) | {"rows": rows}
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """{"budgets": {b: measures}, "spearman": mean over questions, "area": of accuracy over log b}."""
-    budgets = sorted({row["budget"] for row in rows})
-    found = {}
-    for b in budgets:
-        some = [row for row in rows if row["budget"] == b]
-        lengths = np.array([row["length"] for row in some], float)
-        found[b] = {
-            "n": len(some), "formed": float(np.mean([row["formed"] for row in some])),
-            "adherence": float((lengths <= b).mean()),
-            "overshoot": float(np.maximum(0, lengths - b).mean() / b),
-            "relative_error": float(np.abs(lengths - b).mean() / b), "use": float(lengths.mean() / b),
-            "length": float(lengths.mean()), "accuracy": float(np.mean([row["correct"] for row in some])),
-            "accuracy_free": float(np.mean([row["correct_free"] for row in some])),
-        }
-    by_question: dict[str, list[tuple[int, int]]] = {}
+def summarize_budgets(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """{"budgets": {b: measures}, "spearman": mean over questions, "area": of accuracy over log b}.
+
+    The area is divided by its width: it is the mean accuracy over the logarithm of the budget.
+    """
+    by_budget: dict[int, list[dict[str, Any]]] = {}
+    by_question: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_question.setdefault(row["id"], []).append((row["budget"], row["length"]))
-    correlations = [spearman(*zip(*pairs, strict=True)) for pairs in by_question.values()]
-    accuracies = [found[b]["accuracy"] for b in budgets]
-    widths = np.diff(np.log(budgets))
-    area = float(np.average([(a + b) / 2 for a, b in zip(accuracies, accuracies[1:], strict=False)], weights=widths)
-                 ) if len(budgets) > 1 else accuracies[0]
-    return {"budgets": found, "spearman": float(np.mean(correlations)), "area": area}
+        by_budget.setdefault(row["budget"], []).append(row)
+        by_question.setdefault(row["id"], []).append(row)
+    budgets = sorted(by_budget)
+    measures = {b: summarize_budget(b, by_budget[b]) for b in budgets}
+    correlations = [spearman([row["budget"] for row in group], [row["length"] for row in group])
+                    for group in by_question.values()]
+    accuracies = [measures[b]["accuracy"] for b in budgets]
+    area = accuracies[0]
+    if len(budgets) > 1:
+        heights = [(a + b) / 2 for a, b in itertools.pairwise(accuracies)]
+        area = float(np.average(heights, weights=np.diff(np.log(budgets))))
+    return {"budgets": measures, "spearman": float(np.mean(correlations)), "area": area}
+
+
+def summarize_budget(budget: int, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Measures of the rows at one budget.
+
+    "length" is in tokens; "overshoot", "relative_error" and "use" are shares of the budget; the
+    others are shares of the rows.
+    """
+    lengths = np.array([row["length"] for row in rows], float)
+    means = {
+        "formed": np.mean([row["formed"] for row in rows]),
+        "adherence": (lengths <= budget).mean(),
+        "overshoot": np.maximum(0, lengths - budget).mean() / budget,
+        "relative_error": np.abs(lengths - budget).mean() / budget,
+        "use": lengths.mean() / budget, "length": lengths.mean(),
+        "accuracy": np.mean([row["correct"] for row in rows]),
+        "accuracy_free": np.mean([row["correct_free"] for row in rows]),
+    }
+    return {"n": len(rows)} | {name: float(mean) for name, mean in means.items()}
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank; 0 where either side never varies (no control at all)."""
+    """Rank correlation, ties at their mean rank; 0 where a side never varies (no control)."""
     ranks = []
     for values in (np.asarray(x, float), np.asarray(y, float)):
         order = np.unique(values, return_inverse=True)[1]
@@ -383,10 +783,81 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def save_measures(result: dict[str, Any], out: Path) -> None:
-    """budgets.json, and a line for each question and budget beside it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "budgets.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result["rows"])
-    summary = {key: value for key, value in result.items() if key != "rows"}
-    (out / "budgets.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def budget_table(result: dict[str, Any]) -> str:
+    """One line for each budget of summarize_budgets."""
+    keys = ("formed", "adherence", "overshoot", "relative_error", "use", "length", "accuracy",
+            "accuracy_free")
+    lines = [["budget", *keys]]
+    for budget, measures in result["budgets"].items():
+        lines.append([str(budget), *(f"{measures[key]:.3f}" for key in keys)])
+    return (f"{evaluation.align(lines)}\n"
+            f"Spearman of length and budget within a question {result['spearman']:.3f}; "
+            f"area under accuracy over log budget {result['area']:.3f}")
+
+
+# ---- the program ----
+
+
+@dataclass
+class MeasureSettings(BudgetSettings, EvalSettings):
+    """The settings of eval.py, and the budgets."""
+
+
+@dataclass
+class AskSettings(BudgetSettings, AgentSettings):
+    model: str = setting("runs/bard-rl", "checkpoint that answers")
+    budget: int = setting(0, "tokens to think; 0: the median of --budgets")
+    hard_stop: bool = setting(False, "end the thinking at the budget and ask for the answer")
+
+
+def run_measure(settings: MeasureSettings) -> None:
+    """Write DIR/budgets.json and .jsonl, print the table."""
+    check_budgets(settings.budgets, settings, stops=True)
+    if settings.episodes:
+        raise ValueError("--episodes: got it for bard.py measure, which writes none; drop it")
+    sets = evaluation.read_sets(settings.questions, settings.limit, ANSWER_KINDS)
+    questions = [with_answer_kind(question) for group in sets.values() for question in group]
+    policy, retriever = evaluation.load_agent(settings)
+    name, out = evaluation.name_and_out(settings, settings.model)
+    config.save(settings, out / "run.json")
+    result: dict[str, Any] = {"name": name, "settings": asdict(settings)}
+    result |= measure_budgets(
+        policy, questions, settings, settings.budgets, budget_text=settings.budget_text,
+        seed=settings.seed, retriever=retriever, progress=True)
+    rows = result.pop("rows")
+    evaluation.write_result(out / "budgets.json", result, rows)
+    print(f"{budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
+
+
+def run_ask(text: str, settings: AskSettings) -> None:
+    """Print one episode."""
+    budget = settings.budget
+    if budget == 0 and settings.budgets:
+        budget = sorted(settings.budgets)[len(settings.budgets) // 2]
+    check_budgets([budget], settings, stops=settings.hard_stop)
+    protocol = load_protocol(settings.protocol)
+    if settings.hard_stop:
+        protocol = protocol._replace(interrupt=hard_stop)
+    policy, retriever = evaluation.load_agent(settings)
+    question = tell(Question("asked", text, (), "asked"), budget, settings.budget_text)
+    [episode] = generate(
+        policy, retriever, [question], settings, seed=settings.seed, protocol=protocol)
+    print(episode_text(episode, policy.tokenizer))
+    print(f"  [{num_thinking_tokens(episode, policy.tokenizer)} of {budget} tokens thought]")
+
+
+def main(argv: list[str]) -> None:
+    command, question, flags = evaluation.read_command(
+        argv, "bard.py", __doc__, {"ask": True, "measure": False})
+    settings = config.load(
+        AskSettings if command == "ask" else MeasureSettings, flags, prog=f"bard.py {command}",
+        description="Answer within a budget of tokens to think.",
+        default_config=evaluation.DEFAULT_CONFIG, shared=SHARED)
+    run_ask(question, settings) if command == "ask" else run_measure(settings)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"bard.py: {error}")

@@ -1,51 +1,49 @@
-"""Episodes: what the agent and the environment wrote, token by token; as text, tensors and files.
+"""Episodes: what agent and environment wrote, token by token, and the protocol of Search-R1.
 
-What they write follows a protocol (protocol.py). Eq. 6's mask M follows from who wrote a segment. The answer is read
-from the agent's own last turn; the official scorer also reads the prompt, whose example then counts as an answer.
-
-Run: python episode.py demonstrate --gold FILE --out FILE
-
-Legend: B episodes, T tokens.
+The agent writes <think>, then <search> query </search> or <answer> text </answer>. A search is
+answered by an <information> block of numbered documents (the paper's Table 1). Eq. 6's mask M
+follows from who wrote a segment. The answer is read from the agent's own last turn.
 """
 
-import argparse
 import json
-import os
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from data import ANSWER_KINDS, BUDGET_TEXT, Question, build_messages, is_correct, parse_object
-from model import Decoder, Tokenizer, shift
-from protocol import SEARCH_R1
-from retriever import Passage
+from data import Passage, Question, build_messages, parse_object
+from infra.checkpoint import write_aside
+from tokenizer import Tokenizer
 
 STATUSES = ("answered", "max_turns", "max_tokens", "invalid", "search_error")
+AUTHORS = ("prompt", "agent", "environment")
+# Keys of a row of an episodes file, beside "segments"; others are the question's metadata.
+QUESTION_KEYS = ("id", "question", "golden_answers", "source")
+OPTIONAL_KEYS = ("metadata", "instruction")  # of a question, too
+OUTCOME_KEYS = ("status", "answer", "score", "queries")
+ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+INFORMATION_END = "</information>\n\n"
 
 
 @dataclass
 class Segment:
-    author: str  # "prompt" | "agent" | "environment"
+    author: str  # one of AUTHORS
     ids: list[int]
-    logprobs: list[float] = field(default_factory=list)  # the sampler's, one for each id of an agent segment
+    logprobs: list[float] = field(default_factory=list)  # the sampler's, one for each agent token
+    opens: str = ""  # the environment's text at its end that the agent's turn begins with
 
 
 @dataclass
 class Episode:
     question: Question
     segments: list[Segment]
-    status: str = ""  # one of STATUSES when it has ended
+    status: str = ""  # one of STATUSES once it has ended
     answer: str | None = None
     queries: list[str] = field(default_factory=list)
-    passages: list[list[Passage]] = field(default_factory=list)  # one list for each executed search
-    dropped_queries: int = 0  # beyond the protocol's bound
+    passages: list[list[Passage]] = field(default_factory=list)  # one list for each search
+    dropped_queries: int = 0  # queries beyond the protocol's bound
 
     @property
     def ids(self) -> list[int]:
@@ -53,12 +51,12 @@ class Episode:
 
     @property
     def response_mask(self) -> list[bool]:
-        """Eq. 6: True exactly on tokens the policy wrote."""
+        """Eq. 6: True exactly on the tokens that the policy wrote."""
         return [segment.author == "agent" for segment in self.segments for _ in segment.ids]
 
     @property
     def num_agent_tokens(self) -> int:
-        return sum(len(s.ids) for s in self.segments if s.author == "agent")
+        return sum(self.response_mask)
 
     @property
     def num_searches(self) -> int:
@@ -66,244 +64,154 @@ class Episode:
 
     @property
     def score(self) -> float:
-        """Eq. 3: exact match of the agent's answer (or what the question's kind of answer asks for)."""
-        return is_correct(self.answer, self.question)
+        """Eq. 3: whether the agent's answer matches a gold answer."""
+        return self.question.match(self.answer, self.question.golden_answers)
 
 
-# ---- prompts and thinking ----
+def begin_episode(tokenizer: Tokenizer, question: Question, prompt: str, *,
+                  shown: Sequence[int] = (), opens: str = "") -> Episode:
+    """An episode before its first turn, which begins with the text `opens` ("<answer>", say).
+    prompt: see data.build_messages; shown: token ids that the agent reads after it."""
+    segments = [prompt_segment(tokenizer, question, prompt)]
+    if ids := [*shown, *tokenizer.encode(opens)]:
+        segments.append(Segment("environment", ids, opens=opens))
+    return Episode(question, segments)
 
 
-def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str, budget_text: str = BUDGET_TEXT) -> Segment:
-    return Segment("prompt", tokenizer.chat(build_messages(question, prompt, budget_text)))
+def prompt_segment(tokenizer: Tokenizer, question: Question, prompt: str) -> Segment:
+    return Segment("prompt", tokenizer.chat(build_messages(question, prompt)))
 
 
-def thinking(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, bool]:
-    """(tokens strictly inside <think> and </think>, whether the last block is still open) of one agent turn.
-
-    A token that holds a part of a tag counts for the tag.
-    """
-    closers, count, begin, is_open = tokenizer.containing(">"), 0, 0, False
-    for i, token in enumerate(ids):
-        if token not in closers:  # only ">" completes a tag
-            continue
-        text = tokenizer.decode(ids[begin : i + 1])
-        if not is_open and "<think>" in text:
-            is_open, begin = True, i + 1
-        elif is_open and "</think>" in text:
-            tag = next(j for j in range(i, begin - 1, -1) if "</think>" in tokenizer.decode(ids[j : i + 1]))
-            count, is_open, begin = count + tag - begin, False, i + 1
-    return count + (len(ids) - begin if is_open else 0), is_open
+def episode_text(episode: Episode, tokenizer: Tokenizer) -> str:
+    """The episode as text; a bar at the left marks what the agent wrote and is trained on."""
+    lines = []
+    for segment in episode.segments:
+        text = tokenizer.decode(segment.ids, skip_special=False).strip("\n")
+        bar = "| " if segment.author == "agent" else "  "
+        lines += [bar + line for line in text.split("\n")]
+    golds = " / ".join(episode.question.golden_answers) or "unknown"
+    lines.append(f"  [{episode.status}; answer {episode.answer!r}; gold {golds}]")
+    return "\n".join(lines)
 
 
-def num_thinking_tokens(episode: Episode, tokenizer: Tokenizer) -> int:
-    """What a budget counts (bard.py): the agent's tokens inside its thinking, over all turns."""
-    return sum(thinking(s.ids, tokenizer)[0] for s in episode.segments if s.author == "agent")
+class Action(NamedTuple):
+    kind: str  # "search" | "answer" | "invalid"
+    content: str
+    queries: tuple[str, ...] = ()  # of a search
 
 
-# ---- tensors ----
+class Protocol(NamedTuple):
+    """What the agent may write, and what the environment answers."""
+    name: str
+    queries: Callable[[str], tuple[str, ...]]  # reads what stands between the search tags
+    observation: Callable[[Sequence[Passage]], str]
+    observation_end: str  # the last part of an observation, kept when the observation is cut
+    notice: str  # the answer to an invalid action
+    max_queries: int = 0  # of one search; the others are dropped and counted. 0: any number
+    # Called after each token that does not end a turn; returns what the environment puts in there.
+    interrupt: Callable[[Episode, Tokenizer], Segment | None] | None = None
 
 
-class Batch(NamedTuple):
-    """Right-padded: for what there is one number of for each token."""
-
-    ids: Tensor  # [B, T]
-    response_mask: Tensor  # [B, T] bool
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.ids.to(device), self.response_mask.to(device))
-
-    def lengths(self) -> list[int]:
-        """Tokens of each row up to its last response token: what comes after it cannot matter."""
-        positions = torch.arange(1, self.ids.shape[1] + 1, device=self.ids.device)
-        return (self.response_mask * positions).amax(1).clamp(min=1).tolist()
+def document_block(passages: Sequence[Passage]) -> str:
+    documents = [f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1)]
+    return f"\n\n<information>{''.join(documents).strip()}{INFORMATION_END}"
 
 
-class Packed(NamedTuple):
-    """Rows one after another, without padding: what a network reads."""
-
-    ids: Tensor  # [1, sum of documents]
-    response_mask: Tensor  # [1, sum of documents] bool; its True entries are in the order of batch.response_mask[rows]
-    documents: list[int]  # tokens of each row
+SEARCH_R1 = Protocol(
+    name="search-r1", queries=lambda content: (content,), observation=document_block,
+    observation_end=INFORMATION_END, notice="\nNo action was found in this turn. Put a query "
+    "between the search tags, or the final answer between the answer tags.\n")
 
 
-def pack(batch: Batch, rows: Sequence[int], lengths: Sequence[int]) -> Packed:
-    """These rows of a batch; lengths: batch.lengths(). Of no rows: one token that nothing is learnt from."""
-    if not rows:
-        return Packed(batch.ids.new_zeros(1, 1), batch.response_mask.new_zeros(1, 1), [1])
-    documents = [lengths[i] for i in rows]
-    ids, mask = (
-        torch.cat([tensor[i, :n] for i, n in zip(rows, documents, strict=True)])[None]
-        for tensor in (batch.ids, batch.response_mask)
-    )
-    return Packed(ids, mask, documents)
+def parse_action(text: str, protocol: Protocol = SEARCH_R1) -> Action:
+    """The first complete action of one agent turn; an empty one is invalid."""
+    match = ACTION.search(text)
+    content = match[2].strip() if match else ""
+    if content and match[1] == "answer":
+        return Action("answer", content)
+    queries = protocol.queries(content) if content else ()
+    return Action("search", content, queries) if queries else Action("invalid", "")
 
 
-def collate(episodes: Sequence[Episode], *, pad_id: int, end_of_turn: int | None = None) -> Batch:
-    """Episodes as right-padded tensors. The mask comes from the segments, never from ids != pad; it is empty where a
-    search failed: nothing is to be learnt from the retriever's faults.
-
-    end_of_turn: append this token after an agent's last segment and train on it (distillation: a student that
-    never learns to stop generates to the limit wherever no tag stops it).
-    """
-    rows = [(e.ids, [here and e.status != "search_error" for here in e.response_mask]) for e in episodes]
-    if end_of_turn is not None:
-        rows = [
-            (ids + [end_of_turn], mask + [True]) if mask and mask[-1] and ids[-1] != end_of_turn else (ids, mask)
-            for ids, mask in rows
-        ]
-    width = max((len(ids) for ids, _ in rows), default=1)
-    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows], dtype=torch.long)
-    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], dtype=torch.bool)
-    return Batch(ids.view(-1, width), mask.view(-1, width))
+def unique_passages(results: Sequence[Sequence[Passage]]) -> list[Passage]:
+    """The passages of several queries, each once, in the order of the queries and their ranks."""
+    passages = [passage for passages in results for passage in passages]
+    return list({(passage.title, passage.text): passage for passage in passages}.values())
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in order, grouped so that the lengths of a group sum to at most max_tokens (at least one row)."""
-    group, total = [], 0
-    for i, length in enumerate(lengths):
-        if group and total + length > max_tokens:
-            yield group
-            group, total = [], 0
-        group.append(i)
-        total += length
-    if group:
-        yield group
-
-
-def response_rows(decoder: Decoder, packed: Packed) -> Tensor:
-    """Hidden states that predict the response tokens: [N, D], in the order of packed.ids[response_mask]."""
-    hidden = decoder.hidden(packed.ids, documents=packed.documents)
-    return shift(hidden, packed.documents)[packed.response_mask]
-
-
-# ---- files ----
+def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_tokens: int,
+                    protocol: Protocol = SEARCH_R1) -> list[int]:
+    """Tokens of the block of passages, at most max_tokens: a longer body is cut at its end."""
+    text = protocol.observation(passages)
+    ids = tokenizer.encode(text)
+    if len(ids) <= max_tokens:
+        return ids
+    end = tokenizer.encode(protocol.observation_end)
+    body = tokenizer.encode(text.removesuffix(protocol.observation_end))
+    return body[: max(0, max_tokens - len(end))] + end
 
 
 def save_episodes(path: Path | str, episodes: Sequence[Episode], tokenizer: Tokenizer) -> None:
-    """JSON lines, written aside and renamed: the file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for e in episodes:
-            row = {"id": e.question.id, "question": e.question.question}
-            row |= {"golden_answers": list(e.question.golden_answers), "source": e.question.source}
-            row |= {"answer_kind": e.question.answer_kind} if e.question.answer_kind != "text" else {}
-            row |= {"budget": e.question.budget} if e.question.budget is not None else {}
-            row |= {"status": e.status, "answer": e.answer, "score": e.score, "queries": e.queries}
-            row["segments"] = [
-                {"author": s.author, "text": tokenizer.decode(s.ids, skip_special=False), "ids": s.ids}
-                for s in e.segments
-            ]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    """Write one JSON object a line; the file is complete or absent."""
+    lines = []
+    for episode in episodes:
+        question = vars(episode.question)
+        row = {key: question[key] for key in QUESTION_KEYS}
+        row |= {key: question[key] for key in OPTIONAL_KEYS if question[key]}
+        row |= {key: getattr(episode, key) for key in OUTCOME_KEYS}
+        row["segments"] = [
+            {"author": s.author, "text": tokenizer.decode(s.ids, skip_special=False), "ids": s.ids}
+            for s in episode.segments]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_aside(Path(path), lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
 
 
-def load_episodes(
-    path: Path | str, tokenizer: Tokenizer, *, prompt: str, budget_text: str = BUDGET_TEXT
-) -> list[Episode]:
+def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str,
+                  prepare: Callable[[Question], Question] = lambda question: question
+                  ) -> list[Episode]:
     """Episodes of a file that save_episodes or a person wrote.
 
-    A segment without ids is encoded from its text; a row without a prompt segment gets one built from its
-    question, or none when the question is empty (plain text, for pretraining).
+    A segment without ids is encoded from its text. A row without a prompt segment gets the prompt
+    of its question, which `prepare` may change before; plain text has no question and no prompt.
     """
     episodes = []
     with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            row = parse_object(line, f"{path}:{number}")
-            try:
-                golds = tuple(gold for gold in row["golden_answers"] if isinstance(gold, str))
-                question = Question(str(row["id"]), row["question"], golds, row.get("source", ""),
-                                    answer_kind=row.get("answer_kind", "text"), budget=row.get("budget"))
-                segments = [
-                    Segment(s["author"], [index(i) for i in s["ids"]] if "ids" in s else tokenizer.encode(s["text"]))
-                    for s in row["segments"]
-                ]
-                if not isinstance(question.question, str) or not isinstance(row.get("answer"), str | None):
-                    raise TypeError(f"question {question.question!r}, answer {row.get('answer')!r}")
-                if question.answer_kind not in ANSWER_KINDS or not isinstance(question.budget, int | None):
-                    raise TypeError(f"answer_kind {question.answer_kind!r}, budget {question.budget!r}")
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: got {type(error).__name__}: {error}; expected an episode with id, "
-                    "question, golden_answers and segments [{author, text or ids}]"
-                ) from error
-            unknown = [s.author for s in segments if s.author not in ("prompt", "agent", "environment")]
-            if unknown:
-                raise ValueError(f"{path}:{number}: got author {unknown}, expected prompt, agent or environment")
-            if not all(0 <= i < tokenizer.size for s in segments for i in s.ids):
-                raise ValueError(
-                    f"{path}:{number}: got a token id beyond the tokenizer's {tokenizer.size} entries; the file "
-                    "was written with another tokenizer: drop its ids to encode the text again"
-                )
-            if question.question and not any(s.author == "prompt" for s in segments):
-                segments.insert(0, prompt_segment(tokenizer, question, prompt, budget_text))
-            episodes.append(Episode(question, segments, row.get("status", ""), row.get("answer")))
+            episode = parse_episode(line, tokenizer, f"{path}:{number}")
+            episode.question = prepare(episode.question)
+            has_prompt = any(segment.author == "prompt" for segment in episode.segments)
+            if episode.question.question and not has_prompt:
+                episode.segments.insert(0, prompt_segment(tokenizer, episode.question, prompt))
+            episodes.append(episode)
     if not episodes:
         raise ValueError(f"{path}: got no episodes, expected at least one line")
     return episodes
 
 
-def episode_text(episode: Episode, tokenizer: Tokenizer) -> str:
-    """The episode as text; what the agent wrote, and is trained on, is marked with a bar at the left."""
-    parts = []
-    for segment in episode.segments:
-        text = tokenizer.decode(segment.ids, skip_special=False).strip("\n")
-        bar = "| " if segment.author == "agent" else "  "
-        parts += [bar + line for line in text.split("\n")]
-    golds = " / ".join(episode.question.golden_answers) or "unknown"
-    return "\n".join(parts) + f"\n  [{episode.status}; answer {episode.answer!r}; gold {golds}]"
-
-
-def demonstration(row: dict, num_passages: int) -> dict:
-    """A hand-written episode from a question with its gold paragraphs (context: title, text, is_supporting).
-
-    The first query is the question, the next ones are titles of supporting paragraphs; every <information> block
-    holds one supporting paragraph among distractors, at a place that depends on the question's id.
-    """
-    gold = [p for p in row["context"] if p["is_supporting"]]
-    others = [p for p in row["context"] if not p["is_supporting"]]
-    start = zlib.crc32(str(row["id"]).encode())
-    segments = []
-    for k, paragraph in enumerate(gold):
-        rest = others[k * (num_passages - 1) : (k + 1) * (num_passages - 1)]
-        place = (start + k) % (len(rest) + 1)
-        shown = [Passage("", p["title"], p["text"], 0.0) for p in (*rest[:place], paragraph, *rest[place:])]
-        thought, query = ("I need to look this up.", row["question"]) if k == 0 else (
-            f"I still need to know about {paragraph['title']}.", paragraph["title"])
-        text = f"<think> {thought} </think>\n<search> {query} </search>"
-        segments += [{"author": "agent", "text": text}, {"author": "environment", "text": SEARCH_R1.observation(shown)}]
-    answer = row["golden_answers"][0]
-    thought = f"{' and '.join(p['title'] for p in gold)} tell me that the answer is {answer}."
-    segments.append({"author": "agent", "text": f"<think> {thought} </think>\n<answer> {answer} </answer>"})
-    return {key: row[key] for key in ("id", "question", "golden_answers")} | {"segments": segments}
-
-
-# ---- the program ----
-
-
-def main(argv: list[str]) -> None:
-    main_parser = argparse.ArgumentParser("episode.py", description=__doc__.split("\n")[0])
-    commands = main_parser.add_subparsers(dest="command", required=True)
-    parser = commands.add_parser("demonstrate", help="write episodes from questions with gold paragraphs, for sft")
-    parser.add_argument("--gold", nargs="+", required=True, metavar="FILE", help="questions with context, JSONL")
-    parser.add_argument("--out", required=True, metavar="FILE", help="episodes, JSONL")
-    parser.add_argument("--split", default="train", help="keep rows of this split (default train)")
-    parser.add_argument("--passages", type=int, default=3, help="paragraphs in a block (default 3)")
-    options = main_parser.parse_args(argv)
-    rows = []
-    for path in options.gold:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if row.get("split", options.split) == options.split and any(p["is_supporting"] for p in row["context"]):
-                    rows.append(demonstration(row, options.passages))
-            except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-                sys.exit(f"{path}:{number}: got {type(error).__name__}: {error}; expected id, question, golden_answers "
-                         "and context [{title, text, is_supporting}]")
-    Path(options.out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{options.out}: {len(rows)} episodes")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def parse_episode(line: str, tokenizer: Tokenizer, where: str) -> Episode:
+    """The episode of a line; where: its file and number, for errors."""
+    row = parse_object(line, where)
+    try:
+        golds = tuple(gold for gold in row["golden_answers"] if isinstance(gold, str))
+        keys = {*QUESTION_KEYS, *OPTIONAL_KEYS, *OUTCOME_KEYS, "segments"}
+        metadata = {key: value for key, value in row.items() if key not in keys}
+        question = Question(str(row["id"]), row["question"], golds, row.get("source", ""),
+                            metadata=metadata | row.get("metadata", {}),
+                            instruction=row.get("instruction", ""))
+        texts = (question.question, question.instruction, row.get("answer"))
+        if not all(isinstance(text, str | None) for text in texts) or None in texts[:2]:
+            raise TypeError(f"question, instruction and answer {texts}")
+        segments = []
+        for part in row["segments"]:
+            ids = part["ids"] if "ids" in part else tokenizer.encode(part["text"])
+            segments.append(Segment(part["author"], [index(i) for i in ids]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: got {type(error).__name__}: {error}; expected id, question, "
+                         "golden_answers and segments [{author, text or ids}]") from error
+    if unknown := [segment.author for segment in segments if segment.author not in AUTHORS]:
+        raise ValueError(f"{where}: got author {unknown}, expected prompt, agent or environment")
+    if not all(0 <= i < tokenizer.size for segment in segments for i in segment.ids):
+        raise ValueError(f"{where}: got ids beyond the tokenizer's {tokenizer.size} entries, those "
+                         "of another tokenizer; drop the ids to encode the text again")
+    return Episode(question, segments, row.get("status", ""), row.get("answer"))

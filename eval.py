@@ -1,29 +1,30 @@
-"""Measuring: exact match, F1, hit ratio and searches per question set, ARCap, tables, intervals, curves.
+"""Measures a model on question sets: exact match, F1, hit ratio, searches, ARCap, intervals.
 
-The average is the paper's: the unweighted mean over the sets (Table 2). Beside it stands the mean
-over all questions.
+The average is the paper's: the unweighted mean over the sets (Table 2). The mean over all questions
+stands beside it.
 
 Departures from the official evaluation
 1. Every row counts; the official loader drops the last incomplete batch.
-2. Greedy by default. The official validation samples at temperature 1: compare with the paper's
-   numbers under --temperature 1.
-3. The answer and the passages come from the recorded episode, not from a search in its text (the
-   official scorer reads an answer from the prompt, and its per-set search counts are misaligned).
+2. Decoding is greedy by default. The official validation samples at temperature 1: give
+   --temperature 1 to compare with the paper's numbers.
+3. The answer and the passages come from the recorded episode, not from a search in its text. The
+   official scorer reads an answer from the prompt, and its per-set search counts are misaligned.
 
     python eval.py --model runs/dgpo [--temperature 1] [--questions FILE ...] [--out DIR]
-    python eval.py arcap --model runs/dgpo               # Agentic RAG Capabilities (Sec. 5.3-5.5, Table 5)
-    python eval.py --budgets 16,32,64 --model runs/bard-rl --questions FILE ...   # thinking budgets (bard.py)
-    python eval.py --table RESULT.json ...               # one row each, the paper's columns
-    python eval.py compare A.json B.json                 # A - B, paired bootstrap
+    python eval.py arcap --model runs/dgpo      # Agentic RAG Capabilities (Sec. 5.3-5.5, Table 5)
+    python eval.py table RESULT.json ...        # one row each, the paper's columns
+    python eval.py compare A.json B.json        # A - B, paired bootstrap
     python eval.py compare A0.json A1.json --against B0.json B1.json     # several seeds a side
-    python eval.py plot runs/dgpo/metrics.jsonl ... --out curve.png      # also DIR/budgets.json ...
 
-An evaluation writes DIR/result.json (summary), .jsonl (a line for each question), .csv and .txt.
+An evaluation writes result.json (the summary), .jsonl (a line for each question), .csv and .txt.
 
-ARCap: (2a) source referencing: exact match when the gold passages are shown at once, with the answer forced or after
-further thinking; (2b) query rewriting: hit ratio of the first query; (2c) thinking: hit ratio over all searches, and
-how many there were. The official code has none of it; gold passages are a row's supporting `context`, or the
-corpus's passages with the titles in `metadata.hops`.
+ARCap has three parts. The official code has none of them.
+    source referencing  exact match when the agent is shown the gold passages at once: with the
+                        answer forced, and after further thinking (Sec. 5.3)
+    query rewriting     hit ratio of the first query (Sec. 5.4)
+    thinking            hit ratio over all searches, and how many searches there were (Sec. 5.5)
+Gold passages are the supporting paragraphs of a row's `context`. For a row without context they are
+the corpus's passages with the titles in `metadata.hops`.
 """
 
 import argparse
@@ -40,44 +41,50 @@ from typing import Any
 import numpy as np
 import torch
 
-import bard
-import config
-from config import setting
-from data import TEST_SETS, Question, check_budget, f1, hit, load_questions
-from episode import STATUSES, Episode, save_episodes
-from model import Tokenizer, load_decoder, pick_device
-from plots import plot_budgets, plot_curves
-from protocol import PROTOCOLS, observation_ids
-from retriever import Passage, Retriever
-from rollout import Policy, RolloutSettings, generate
+from ask import split_words
+from data import TEST_SETS, Passage, Question, f1, hit, load_questions
+from episode import STATUSES, Episode, begin_episode, observation_ids, save_episodes
+from infra import config
+from infra.config import setting
+from infra.parallel import pick_device
+from retriever import Retriever
+from rollout import Policy, RolloutSettings, generate, load_protocol
+from session import load_policy
 
-ROOT = Path(__file__).resolve().parent
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "world.toml"
+# The paper's names of the sets (Table 2).
 NAMES = {"nq": "NQ", "triviaqa": "TriviaQA", "popqa": "PopQA", "hotpotqa": "HotpotQA",
-         "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}  # Table 2
+         "2wikimultihopqa": "2wiki", "musique": "MuSiQue", "bamboogle": "Bamboogle"}
+QUESTION_FILES = tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS)
 MEASURES = ("em", "f1", "hit", "first_hit", "searches", "agent_tokens", *STATUSES)
-# Taken from a training preset: what is searched and how an episode runs; never how training
-# samples (temperature, seed) nor what it trains on.
-SHARED = ("corpus", "encoder", "index", "device", "prompt", "max_turns", "top_k", "max_new_tokens",
-          "max_obs_tokens", "max_context_tokens", "rollout_rows", "budget_text", "protocol", "max_queries")
+# What an evaluation takes from a training preset: what is searched and how an episode runs. How
+# training samples (temperature, seed) and what it trains on do not carry over.
+SHARED = ("corpus", "encoder", "index", "device", "protocol", "prompt", "max_turns", "top_k",
+          "max_new_tokens", "max_obs_tokens", "max_context_tokens", "rollout_rows")
+
+Record = dict[str, Any]  # a result, or a row of one
+Intervals = dict[str, tuple[float, float, float]]  # set -> (mean, low, high)
 
 
 @dataclass
-class EvalSettings(RolloutSettings):
+class AgentSettings(RolloutSettings):
+    """An agent that is watched or measured, not trained."""
+
     temperature: float = setting(0.0, "0: greedy; 1: as the official evaluation samples")
-    model: str = setting("runs/dgpo", "checkpoint to measure (folder or hub id)")
-    name: str = setting("", "its name in tables; empty: the last part of model")
-    questions: tuple[str, ...] = setting(
-        tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS), "question files, JSONL")
-    limit: int | None = setting(None, "the first questions of each file alone")
+    model: str = setting("runs/dgpo", "checkpoint of the agent (folder or hub id)")
+    dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
+    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
+    seed: int = setting(0, "sampling noise, at a temperature above 0")
+
+
+@dataclass
+class EvalSettings(AgentSettings):
     corpus: str = setting("world/corpus.jsonl", "passages, JSONL")
     encoder: str = setting("world/encoder", "checkpoint of the passage encoder")
-    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
-    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
-    dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
-    seed: int = setting(0, "sampling noise, at a temperature above 0")
+    name: str = setting("", "its name in tables; empty: the last part of model")
+    questions: tuple[str, ...] = setting(QUESTION_FILES, "question files, JSONL")
+    limit: int | None = setting(None, "only the first questions of each file")
     out: str = setting("", "folder to write; empty: runs/eval/<name>")
-    budget: int | None = setting(None, "tokens to think, told to the agent")
-    budgets: tuple[int, ...] = setting((), "every question at each of these budgets, freely and with a hard stop")
     episodes: bool = setting(False, "also write every episode, token by token, to episodes.jsonl")
 
 
@@ -85,17 +92,18 @@ class EvalSettings(RolloutSettings):
 
 
 def evaluate(
-    policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]],
+    policy: Policy, retriever: Retriever | None, question_sets: dict[str, list[Question]],
     settings: RolloutSettings, *, seed: int = 0, progress: bool = False,
     keep: list[Episode] | None = None,
-) -> dict[str, Any]:
-    """Answer every question. Returns {"sets": {name: measures}, "average": over sets, "all": over
-    questions, "scores": one row for each question}; `keep` collects the episodes."""
+) -> Record:
+    """Answer every question and average what came of it.
+
+    Returns {"sets": {name: measures}, "average": over sets, "all": over questions, "scores": one
+    row for each question}. The episodes are appended to `keep`, if it is given.
+    """
     rows = []
     for name, questions in question_sets.items():
-        # The noise depends on the set's name: its result is the same whatever else is measured.
-        episodes = generate(policy, retriever, questions, settings,
-                            seed=seed + zlib.crc32(name.encode()),
+        episodes = generate(policy, retriever, questions, settings, seed=set_seed(seed, name),
                             progress=name if progress else "")
         rows += [score(name, episode) for episode in episodes]
         if keep is not None:
@@ -103,31 +111,45 @@ def evaluate(
     return summarize(rows) | {"scores": rows}
 
 
-def score(name: str, episode: Episode) -> dict[str, Any]:
-    """What one episode counts for; from its record alone, never from its text."""
+def set_seed(seed: int, name: str) -> int:
+    """A set's seed depends on its name, so its result is the same whatever else is measured."""
+    return seed + zlib.crc32(name.encode())
+
+
+def score(name: str, episode: Episode) -> Record:
+    """The measures of one episode of set `name`, from its record alone, never from its text."""
     golds = episode.question.golden_answers
+    hits = [hit(passages, golds) for passages in episode.passages]
     return {
-        "set": name, "id": episode.question.id, "em": episode.score,
-        "f1": f1(episode.answer, golds),
-        "hit": float(any(hit(passages, golds) for passages in episode.passages)),
-        "first_hit": float(any(hit(passages, golds) for passages in episode.passages[:1])),
+        "set": name, "id": episode.question.id,
+        "em": episode.score, "f1": f1(episode.answer, golds),
+        "hit": float(any(hits)), "first_hit": float(any(hits[:1])),
         "searches": episode.num_searches, "agent_tokens": episode.num_agent_tokens,
         "status": episode.status, "answer": episode.answer,
-    }  # fmt: skip
+    }
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: Sequence[Record]) -> Record:
     """Means of every measure: for each set, over the sets, over all questions."""
-    def means(some: list[dict[str, Any]]) -> dict[str, float]:
-        values = [row | {status: row["status"] == status for status in STATUSES} for row in some]
-        return {"n": len(some)} | {m: float(np.mean([v[m] for v in values])) for m in MEASURES}
-
     if not rows:
         raise ValueError("evaluate: got no questions, expected at least one")
-    names = sort_sets({row["set"] for row in rows})
-    sets = {name: means([row for row in rows if row["set"] == name]) for name in names}
-    average = {m: float(np.mean([values[m] for values in sets.values()])) for m in MEASURES}
-    return {"sets": sets, "average": {"n": len(rows)} | average, "all": means(list(rows))}
+    sets = {}
+    for name in sort_sets({row["set"] for row in rows}):
+        sets[name] = mean_measures([row for row in rows if row["set"] == name])
+    average: dict[str, float] = {"n": len(rows)}
+    for measure in MEASURES:
+        average[measure] = float(np.mean([values[measure] for values in sets.values()]))
+    return {"sets": sets, "average": average, "all": mean_measures(rows)}
+
+
+def mean_measures(rows: Sequence[Record]) -> dict[str, float]:
+    """{"n": number of rows, measure: its mean}; the mean of a status is the share that ended so."""
+    means: dict[str, float] = {"n": len(rows)}
+    for measure in MEASURES:
+        is_status = measure in STATUSES
+        values = [row["status"] == measure if is_status else row[measure] for row in rows]
+        means[measure] = float(np.mean(values))
+    return means
 
 
 def sort_sets(names: set[str]) -> list[str]:
@@ -135,11 +157,17 @@ def sort_sets(names: set[str]) -> list[str]:
     return [n for n in TEST_SETS if n in names] + sorted(names - set(TEST_SETS))
 
 
-def read_sets(paths: Sequence[str], limit: int | None) -> dict[str, list[Question]]:
-    """Question files by the set that their rows name."""
+def read_sets(
+    paths: Sequence[str], limit: int | None, answer_kinds: Sequence[str] = ("text",)
+) -> dict[str, list[Question]]:
+    """Read question files and sort the questions into the sets that their rows name.
+
+    answer_kinds: what the caller can score; a row may ask for another kind of answer than text.
+    """
     sets: dict[str, list[Question]] = {}
     for path in paths:
         for question in load_questions(path, limit=limit):
+            check_answer_kind(question, answer_kinds)
             sets.setdefault(question.source, []).append(question)
     for name, questions in sets.items():
         if len({q.id for q in questions}) < len(questions):
@@ -148,12 +176,18 @@ def read_sets(paths: Sequence[str], limit: int | None) -> dict[str, list[Questio
     return {name: sets[name] for name in sort_sets(set(sets))}
 
 
-def save_result(result: dict[str, Any], out: Path) -> None:
-    """result.json, .jsonl, .csv and .txt."""
-    out.mkdir(parents=True, exist_ok=True)
+def check_answer_kind(question: Question, answer_kinds: Sequence[str] = ("text",)) -> None:
+    """Refuse a question whose row asks for a comparison of answers that the caller lacks."""
+    kind = question.metadata.get("answer_kind", "text")
+    if kind not in answer_kinds:
+        raise ValueError(f"{question.id}: got {kind!r} for answer_kind, expected one of "
+                         f"{', '.join(answer_kinds)} (integer and choice are for bard.py)")
+
+
+def save_result(result: Record, out: Path) -> None:
+    """Write result.json, .jsonl, .csv and .txt to the folder `out`."""
     summary = {key: value for key, value in result.items() if key != "scores"}
-    with (out / "result.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result["scores"])
+    write_result(out / "result.json", summary, result["scores"])
     with (out / "result.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "set", "n", *MEASURES])
@@ -161,11 +195,18 @@ def save_result(result: dict[str, Any], out: Path) -> None:
             writer.writerow([result["name"], part, *(values[key] for key in ("n", *MEASURES))])
     text = f"{table([result])}\n\n{details(result)}\n"
     (out / "result.txt").write_text(text, encoding="utf-8")
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    (out / "result.json").write_text(text, encoding="utf-8")
 
 
-def _parts(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+def write_result(path: Path, result: Record, rows: Sequence[Record] = ()) -> None:
+    """Write a .json file, and beside it a .jsonl file with a line for each row if there are any."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    if lines:
+        path.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _parts(result: Record) -> dict[str, dict[str, float]]:
     """The sets and the two means below them, by the names that tables show."""
     parts = {NAMES.get(name, name): values for name, values in result["sets"].items()}
     return parts | {"Avg. of sets": result["average"], "All questions": result["all"]}
@@ -175,93 +216,114 @@ def _parts(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def arcap(
-    policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]], settings: RolloutSettings, *,
-    seed: int = 0, progress: bool = False,
+    policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]],
+    settings: RolloutSettings, *, seed: int = 0, progress: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{set: {"without_thinking": EM, "with_thinking": EM, "first_hit", "hit", "searches"}}; the first two over the
-    questions whose gold passages are known ("num_gold")."""
-    parts = evaluate(policy, retriever, question_sets, settings, seed=seed, progress=progress)["sets"]
-    result = {name: {m: parts[name][m] for m in ("n", "em", "first_hit", "hit", "searches")} for name in parts}
+    """The parts of ARCap for each set.
+
+    Returns {set: {"n", "em", "first_hit", "hit", "searches", "num_gold", "without_thinking",
+    "with_thinking"}}. The last two are exact match over the num_gold questions whose gold passages
+    are known, NaN if there are none.
+    """
+    plain = evaluate(policy, retriever, question_sets, settings, seed=seed, progress=progress)
+    protocol = load_protocol(settings.protocol)
+    room = settings.max_context_tokens // 2  # the rest is for what the agent writes and searches
+    result = {}
     for name, questions in question_sets.items():
-        known = [(q, gold) for q, gold in zip(questions, gold_passages(questions, retriever), strict=True) if gold]
-        result[name]["num_gold"] = len(known)
-        shown = [observation_ids(policy.tokenizer, gold, settings.max_context_tokens // 2, PROTOCOLS[settings.protocol])
-                 for _, gold in known]
-        for key, forced, turns in (("without_thinking", "<answer>", 0), ("with_thinking", "", settings.max_turns)):
-            episodes = generate(policy, retriever, [q for q, _ in known], replace(settings, max_turns=turns),
-                                seed=seed + zlib.crc32(name.encode()), shown=shown, forced=forced,
-                                progress=f"{name}, {key.replace('_', ' ')}" if progress else "")
-            result[name][key] = float(np.mean([e.score for e in episodes])) if known else math.nan
+        means = plain["sets"][name]
+        result[name] = {m: means[m] for m in ("n", "em", "first_hit", "hit", "searches")}
+        golds = gold_passages(questions, retriever)
+        result[name]["num_gold"] = sum(map(bool, golds))
+        for key, opens, max_turns in (("without_thinking", "<answer>", 0),
+                                      ("with_thinking", "", settings.max_turns)):
+            episodes = []
+            for question, gold in zip(questions, golds, strict=True):
+                if gold:
+                    shown = observation_ids(policy.tokenizer, gold, room, protocol)
+                    episodes.append(begin_episode(
+                        policy.tokenizer, question, settings.prompt, shown=shown, opens=opens))
+            episodes = generate(
+                policy, retriever, episodes, replace(settings, max_turns=max_turns),
+                seed=set_seed(seed, name),
+                progress=f"{name}, {key.replace('_', ' ')}" if progress else "")
+            scores = [episode.score for episode in episodes]
+            result[name][key] = float(np.mean(scores)) if scores else math.nan
     return result
 
 
-def gold_passages(questions: Sequence[Question], retriever: Retriever) -> list[list[Passage]]:
-    """Of each question, in the order of its hops; empty where they are not known."""
+def gold_passages(
+    questions: Sequence[Question], retriever: Retriever | None
+) -> list[list[Passage]]:
+    """The gold passages of each question, in the order of its hops; empty if they are unknown."""
     titles = [[hop[0] for hop in q.metadata.get("hops", [])] for q in questions]
     wanted = {title for row in titles for title in row}
-    corpus = (retriever.corpus.passage(row, 0.0) for row in range(len(retriever.corpus) if wanted else 0))
-    found = {passage.title: passage for passage in corpus if passage.title in wanted}
-    return [
-        [Passage("", p["title"], p["text"], 0.0) for p in q.context if p.get("is_supporting")] if q.context
-        else [found[title] for title in row if title in found]
-        for q, row in zip(questions, titles, strict=True)
-    ]
+    by_title: dict[str, Passage] = {}
+    for row in range(len(retriever.corpus) if wanted else 0):
+        passage = retriever.corpus.passage(row, 0.0)
+        if passage.title in wanted:
+            by_title[passage.title] = passage
+    gold = []
+    for question, row in zip(questions, titles, strict=True):
+        if question.context:
+            supporting = [p for p in question.context if p.get("is_supporting")]
+            gold.append([Passage("", p["title"], p["text"], 0.0) for p in supporting])
+        else:
+            gold.append([by_title[title] for title in row if title in by_title])
+    return gold
 
 
-def arcap_table(results: Sequence[dict[str, Any]]) -> str:
-    """Table 5's columns for each set: exact match without and with thinking, first hit, hit, searches."""
+def arcap_table(results: Sequence[Record]) -> str:
+    """The columns of Table 5 for each set: exact match with and without thinking, searches."""
+    keys = ("without_thinking", "with_thinking", "first_hit", "hit", "searches")
     lines = []
     for name in sort_sets({name for result in results for name in result["arcap"]}):
         lines.append([NAMES.get(name, name), "w/o", "w/ thinking", "first hit", "hit", "searches"])
         for label, seeds in by_name(results).items():
-            keys = ("without_thinking", "with_thinking", "first_hit", "hit", "searches")
-            means = [np.mean([seed["arcap"].get(name, {}).get(key, math.nan) for seed in seeds]) for key in keys]
-            lines.append([f"  {label}", *("-" if math.isnan(mean) else f"{mean:.3f}" for mean in means)])
+            measured = [seed["arcap"].get(name, {}) for seed in seeds]
+            means = [np.mean([values.get(key, math.nan) for values in measured]) for key in keys]
+            cells = ["-" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+            lines.append([f"  {label}", *cells])
     return align(lines)
 
 
 # ---- tables ----
 
 
-def table(results: Sequence[dict[str, Any]], measure: str = "em",
-          beside: dict[str, dict[str, float | None]] | None = None) -> str:
-    """One row for each name, in the shape of the paper's Table 2; several results of a name are seeds: their mean, and
-    the standard deviation of the average. beside: further columns, a number for some names."""
+def table(results: Sequence[Record], measure: str = "em") -> str:
+    """One row for each name, in the shape of the paper's Table 2.
+
+    Several results of a name are seeds: the row shows their mean, and after the average its sample
+    standard deviation over the seeds.
+    """
     names = sort_sets({name for result in results for name in result["sets"]})
-    beside = beside or {}
-    lines = [["", *(NAMES.get(name, name) for name in names), "Avg.", *beside]]
-    partial = False
+    lines = [["", *(NAMES.get(name, name) for name in names), "Avg."]]
+    is_partial = False
     for label, seeds in by_name(results).items():
-        cells = [f"{np.mean([seed['sets'][name][measure] for seed in seeds]):.3f}"
-                 if all(name in seed["sets"] for seed in seeds) else "-" for name in names]
-        mark = "*" if "-" in cells else ""
-        partial |= bool(mark)
+        cells = []
+        for name in names:
+            values = [seed["sets"][name][measure] for seed in seeds if name in seed["sets"]]
+            cells.append(f"{np.mean(values):.3f}" if len(values) == len(seeds) else "-")
         averages = [seed["average"][measure] for seed in seeds]
-        spread = f" \u00b1{np.std(averages, ddof=1):.3f}" if len(seeds) > 1 else ""
-        others = [column.get(label) for column in beside.values()]
-        lines.append([label, *cells, f"{np.mean(averages):.3f}{spread}{mark}",
-                      *("" if value is None else f"{value:.3f}" for value in others)])
-    return align(lines) + ("\n* average over the sets shown in its row" if partial else "")
+        average = f"{np.mean(averages):.3f}"
+        if len(seeds) > 1:
+            average += f" \u00b1{np.std(averages, ddof=1):.3f}"
+        if "-" in cells:
+            average += "*"
+            is_partial = True
+        lines.append([label, *cells, average])
+    note = "\n* average over the sets shown in its row" if is_partial else ""
+    return align(lines) + note
 
 
-def by_name(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results in the order of their names' first ones."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+def by_name(results: Sequence[Record]) -> dict[str, list[Record]]:
+    """Results grouped by name, in the order in which the names first appear."""
+    groups: dict[str, list[Record]] = {}
     for result in results:
         groups.setdefault(result["name"], []).append(result)
     return groups
 
 
-def budget_table(result: dict[str, Any]) -> str:
-    """One line for each budget of bard.measure."""
-    keys = ("formed", "adherence", "overshoot", "relative_error", "use", "length", "accuracy", "accuracy_free")
-    lines = [["budget", *keys]]
-    lines += [[str(budget), *(f"{values[key]:.3f}" for key in keys)] for budget, values in result["budgets"].items()]
-    return align(lines) + (f"\nSpearman of length and budget within a question {result['spearman']:.3f}; area under "
-                           f"accuracy over log budget {result['area']:.3f}")
-
-
-def details(result: dict[str, Any]) -> str:
+def details(result: Record) -> str:
     """Every measure of one result; the statuses as shares of the episodes."""
     lines = [["", "n", *MEASURES]]
     for part, values in _parts(result).items():
@@ -271,9 +333,12 @@ def details(result: dict[str, Any]) -> str:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column flush left, the others flush right, a rule below line 1."""
     first, *rest = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [f"{line[0]:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in
-             zip(line[1:], rest, strict=True)) for line in lines]
+    texts = []
+    for label, *cells in lines:
+        padded = [f"{cell:>{width}}" for cell, width in zip(cells, rest, strict=True)]
+        texts.append("  ".join([f"{label:<{first}}", *padded]))
     return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
@@ -282,13 +347,13 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 def bootstrap(
     differences: dict[str, np.ndarray], *, resamples: int = 10_000, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """Paired bootstrap of a mean difference: {set: (mean, low, high)}, with "average" over the sets
-    and "all" over the questions; 95 % percentile intervals.
+) -> Intervals:
+    """Paired bootstrap of a mean difference, with 95 % percentile intervals.
 
-    differences: for each set, one number a question. Questions are drawn anew within their set, so
-    the sets keep their sizes. n draws with replacement from n values are one multinomial draw over
-    the distinct values, of which there are few.
+    differences: {set: one number for each question}. Returns {set: (mean, low, high)}, with
+    "average" over the sets and "all" over the questions. Questions are drawn anew within their set,
+    so the sets keep their sizes. n draws with replacement from n values are one multinomial draw
+    over the distinct values, of which there are few.
     """
     rng = np.random.default_rng(seed)
     means = {}  # [1 + R] for each set; entry 0 is the observed mean
@@ -299,37 +364,38 @@ def bootstrap(
     sets = np.stack(list(means.values()))  # [sets, 1 + R]
     sizes = [len(values) for values in differences.values()]
     means |= {"average": sets.mean(0), "all": np.average(sets, axis=0, weights=sizes)}
-    return {name: (float(drawn[0]), *map(float, np.percentile(drawn[1:], [2.5, 97.5])))
-            for name, drawn in means.items()}
+    intervals = {}
+    for name, drawn in means.items():
+        low, high = np.percentile(drawn[1:], [2.5, 97.5])
+        intervals[name] = (float(drawn[0]), float(low), float(high))
+    return intervals
 
 
-def compare(
-    left: Sequence[Path], right: Sequence[Path], measure: str = "em"
-) -> dict[str, tuple[float, float, float]]:
+def compare(left: Sequence[Path], right: Sequence[Path], measure: str = "em") -> Intervals:
     """left - right on the same questions; several files of a side are seeds, averaged first."""
-    sides = [_mean_scores(paths, measure) for paths in (left, right)]
-    if sides[0].keys() != sides[1].keys():
-        raise ValueError(f"compare: got {len(sides[0])} and {len(sides[1])} questions, "
-                         f"{len(sides[0].keys() & sides[1].keys())} of them shared, expected the "
-                         "same questions on both sides; evaluate both on the same files")
+    ours, theirs = _mean_scores(left, measure), _mean_scores(right, measure)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"compare: got {len(ours)} and {len(theirs)} questions, "
+                         f"{len(ours.keys() & theirs.keys())} of them shared, expected the same "
+                         "questions on both sides; evaluate both on the same files")
     differences: dict[str, list[float]] = {}
-    for key, value in sides[0].items():
-        differences.setdefault(key[0], []).append(value - sides[1][key])
+    for (set_name, id), value in ours.items():
+        differences.setdefault(set_name, []).append(value - theirs[set_name, id])
     return bootstrap({name: np.array(differences[name]) for name in sort_sets(set(differences))})
 
 
-def compare_correct(
-    left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]
-) -> dict[str, tuple[float, float, float]]:
-    """left - right of recorded results, which hold a digit for each question: {"correct": {set: "0110..."}}."""
-    def mean(side: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+def compare_correct(left: Sequence[Record], right: Sequence[Record]) -> Intervals:
+    """left - right of recorded results, {"correct": {set: "0110..."}} with a digit a question."""
+
+    def mean(side: Sequence[Record], name: str) -> np.ndarray:
         return np.mean([np.array([*result["correct"][name]], float) for result in side], axis=0)
 
-    return bootstrap({name: mean(left, name) - mean(right, name) for name in sort_sets(set(left[0]["correct"]))})
+    names = sort_sets(set(left[0]["correct"]))
+    return bootstrap({name: mean(left, name) - mean(right, name) for name in names})
 
 
 def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], float]:
-    """(set, id) -> mean over the files."""
+    """(set, id) -> the mean of a measure over the files."""
     files = []
     for path in (path.with_suffix(".jsonl") for path in paths):
         if not path.is_file():
@@ -346,40 +412,58 @@ def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], f
 # ---- the program ----
 
 
-def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
+def load_agent(settings: AgentSettings) -> tuple[Policy, Retriever | None]:
+    """The policy, and what it searches: None with --max-turns 0."""
+    dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
+    policy = load_policy(settings.model, device, "model", dtype)
+    return policy, load_retriever(settings) if settings.max_turns > 0 else None
+
+
+def load_retriever(settings: AgentSettings) -> Retriever:
+    return Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
+                          device=pick_device(settings.device))
+
+
+def read_command(
+    argv: list[str], prog: str, doc: str, commands: dict[str, bool]
+) -> tuple[str, str, list[str]]:
+    """(command, question, flags) of a program, whose help is doc; or it ends with what is expected.
+
+    commands: each with whether it takes a question.
+    """
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command not in commands:
+        *names, last = commands
+        is_help = command in ("", "-h", "--help")
+        expected = f"{', '.join(names)} or {last}"
+        sys.exit(doc if is_help else f"{prog}: got {command!r}, expected {expected}")
+    words, flags = split_words(rest)
+    question = " ".join(words)
+    if commands[command] != bool(question):
+        expected = f'a question: {prog} {command} "who ..."' if not question else "no question"
+        sys.exit(f"{prog} {command}: got {question!r}, expected {expected}")
+    return command, question, flags
+
+
+def name_and_out(settings: EvalSettings, measured: str) -> tuple[str, Path]:
+    """The name in tables of what is measured (a path or a word), and the folder of its result."""
+    name = settings.name or Path(measured).name
+    return name, Path(settings.out or f"runs/eval/{name}")
+
+
+def run_evaluation(settings: EvalSettings, *, is_arcap: bool) -> None:
     """Load, evaluate, write, print."""
-    sets = read_sets(settings.questions, settings.limit)  # mistakes here show before the long loads
-    if settings.budgets and (measures_arcap or settings.budget is not None or settings.hard_stop or settings.episodes):
-        raise ValueError("--budgets: got it with --budget, --hard-stop, --episodes or arcap, expected it alone: every "
-                         "budget is run freely and with a hard stop")
-    if measures_arcap and settings.max_turns == 0:
+    sets = read_sets(settings.questions, settings.limit)  # mistakes show before the long loads
+    if is_arcap and settings.max_turns == 0:
         raise ValueError("arcap: got --max-turns 0, expected turns that search")
-    for budget in (settings.budget, *settings.budgets):
-        if budget is not None:
-            check_budget(budget, settings.max_context_tokens)
-    sets = {name: [replace(q, budget=settings.budget) for q in some] for name, some in sets.items()}
-    device, name = pick_device(settings.device), settings.name or Path(settings.model).name
-    out = Path(settings.out or f"runs/eval/{name}")
-    decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype), device=device)
-    policy = Policy(decoder, Tokenizer.load(settings.model))
-    retriever = None
-    if settings.max_turns > 0:
-        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
-                                   device=device)
-    result: dict[str, Any] = {"name": name, "settings": asdict(settings)}
-    if measures_arcap:
-        result["arcap"] = arcap(policy, retriever, sets, settings, seed=settings.seed, progress=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "arcap.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    policy, retriever = load_agent(settings)
+    name, out = name_and_out(settings, settings.model)
+    result: Record = {"name": name, "settings": asdict(settings)}
+    if is_arcap:
+        result["arcap"] = arcap(
+            policy, retriever, sets, settings, seed=settings.seed, progress=True)
+        write_result(out / "arcap.json", result)
         print(f"{arcap_table([result])}\n\nwrote {out}/arcap.json")
-        return
-    if settings.budgets:
-        config.save(settings, out / "run.json")
-        questions = [question for some in sets.values() for question in some]
-        result |= bard.measure(policy, questions, settings, settings.budgets, seed=settings.seed, retriever=retriever,
-                               progress=True)
-        bard.save_measures(result, out)
-        print(f"{budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
         return
     episodes: list[Episode] = []
     result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,
@@ -392,41 +476,41 @@ def run(settings: EvalSettings, *, measures_arcap: bool) -> None:
     print(f"wrote {out}/result.json, .jsonl, .csv, .txt")
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["--table"]:
-        argv = ["table", *argv[1:]]
-    if not argv or argv[0] not in ("table", "compare", "plot"):
-        text = "Measure a model on question sets. Also: eval.py arcap, eval.py {table,compare,plot} --help."
-        measures_arcap = argv[:1] == ["arcap"]
-        run(config.load(EvalSettings, argv[measures_arcap:], prog="eval.py", description=text, shared=SHARED,
-                        default_config=ROOT / "configs" / "world.toml"), measures_arcap=measures_arcap)
-        return
-    parser = argparse.ArgumentParser(f"eval.py {argv[0]}", allow_abbrev=False)
-    parser.add_argument("files", nargs="+", type=Path,
-                        help="metrics.jsonl of runs, or result.json of evaluations")
-    if argv[0] == "plot":
-        parser.add_argument("--out", default="curve.png", help="picture to write (curve.png)")
-        given = parser.parse_args(argv[1:])
-        draw = plot_budgets if all(path.name == "budgets.json" for path in given.files) else plot_curves
-        return draw(given.files, given.out)
+def show_results(command: str, argv: list[str]) -> None:
+    """The commands that read files of earlier evaluations: table and compare."""
+    parser = argparse.ArgumentParser(f"eval.py {command}", allow_abbrev=False)
+    parser.add_argument("files", nargs="+", type=Path, help="result.json of evaluations")
     parser.add_argument("--measure", default="em", choices=MEASURES[:6])
-    if argv[0] == "table":
-        given = parser.parse_args(argv[1:])
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in given.files]
+    if command == "table":
+        options = parser.parse_args(argv)
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
         has_arcap = all("arcap" in result for result in results)
-        return print(arcap_table(results) if has_arcap else table(results, given.measure))
-    parser.add_argument("--against", nargs="+", type=Path, help="the other side, of several seeds")
-    given = parser.parse_args(argv[1:])
-    left, right = given.files, given.against
+        print(arcap_table(results) if has_arcap else table(results, options.measure))
+        return
+    parser.add_argument("--against", nargs="+", type=Path, help="other side, of several seeds")
+    options = parser.parse_args(argv)
+    left, right, measure = options.files, options.against, options.measure
     if right is None:
         if len(left) != 2:
             parser.error(f"got {len(left)} files, expected A.json B.json; or use --against")
         left, right = left[:1], left[1:]
-    lines = [[f"{given.measure}: difference", "mean", "95 % low", "high"]]
-    for name, numbers in compare(left, right, given.measure).items():
-        shown = {"average": "Avg. of sets", "all": "All questions"}.get(name, NAMES.get(name, name))
-        lines.append([shown, *(f"{number:+.4f}" for number in numbers)])
+    lines = [[f"{measure}: difference", "mean", "95 % low", "high"]]
+    titles = NAMES | {"average": "Avg. of sets", "all": "All questions"}
+    for name, numbers in compare(left, right, measure).items():
+        lines.append([titles.get(name, name), *(f"{number:+.4f}" for number in numbers)])
     print(align(lines))
+
+
+def main(argv: list[str]) -> None:
+    command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    if command in ("table", "compare"):
+        return show_results(command, rest)
+    if command not in ("", "arcap"):
+        sys.exit(f"eval.py: got {command!r}, expected arcap, table, compare, or flags")
+    settings = config.load(
+        EvalSettings, rest, prog="eval.py", default_config=DEFAULT_CONFIG, shared=SHARED,
+        description="Measure a model on question sets. Also: eval.py {arcap,table,compare} --help.")
+    run_evaluation(settings, is_arcap=command == "arcap")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,39 @@
-"""QAgent: a plug-and-play search agent (Jiang et al., 2025, arXiv:2510.08383): rewards, generator, search door.
+"""QAgent: a plug-and-play search agent (Jiang et al., 2025, arXiv:2510.08383).
 
-The agent plans, asks several queries at once, reflects on what came back (protocol.py) and hands the passages to any
-generator. It learns by GRPO (train.py --phase qagent) in two stages; equations are the paper's Sec. 3
-    stage 1   R = 1[format] EM(answer)                        rewards the whole chain, end to end
-    stage 2   R = EM(generator's answer) + 0.5 Hit            rewards what was found, as a frozen generator sees it
+The agent plans, asks several queries at once, reflects on what came back, and hands the passages to
+any generator. It learns by GRPO in two stages (equations of the paper's Sec. 3):
+    stage 1   R = 1[format] EM(answer)                  rewards the whole chain, end to end
+    stage 2   R = EM(generator's answer) + 0.5 Hit      rewards the passages, as a frozen generator
+                                                        uses them
 
-Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), with reasons; theirs by the option at the
-right, where there is one
- 1. Everything is read from the recorded episode. There, regular expressions over the whole text also match the notice
-    after an invalid action.
- 2. Hit looks at retrieved passages alone; there, and in the paper, at the whole trajectory, so that an agent is paid
-    for listing guesses in its plan                                                          --hit-in trajectory
- 3. EM is strict in both stages; there, stage 2 and the evaluation take a gold answer anywhere within the prediction,
-    not even at the borders of words ("no" in "know")                                        --answer-match within
- 4. The generator reads passages once each, title and text, in the order in which they were found; there, texts alone
-    in the order of a set.
- 5. The instruction opens the user's message; there it is the system's. A turn that its length cuts off gets a notice
-    and another turn; there it ends the episode.
-As published: an episode that never searches has the right format; nothing rewards fewer passages; a hit is a gold
-answer anywhere in a passage, not even at the borders of words.
+Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), with reasons. The
+option at the right, where there is one, does as the official code does.
+ 1. Everything is read from the recorded episode. The official regular expressions run over the
+    whole text, so they also match the notice after an invalid action.
+ 2. Hit looks at retrieved passages alone. The paper and its code look at the whole trajectory, so
+    an agent is paid for listing guesses in its plan.                         --hit-in trajectory
+ 3. Exact match is strict in both stages. The official stage 2 and evaluation accept a gold answer
+    anywhere within the prediction, even inside a word ("no" in "know").      --answer-match within
+ 4. The generator reads each passage once, title and text, in the order in which they were found.
+    The official one reads texts alone, in the order of a set.
+ 5. The instruction opens the user's message. The official one is the system's message.
+ 6. A turn that its length cuts off gets a notice and another turn. There it ends the episode.
+ 7. The notice has no tags. The official one has: after it every episode fails the format, and "and"
+    is taken for an answer.
+ 8. Passages of a turn come in the order of the queries, then of their ranks, each once. There the
+    order of the queries depends on which thread ends first.
+ 9. Numbers run through a block of passages. There they start at 1 for each query, so with one
+    passage a query all are "#1".
+10. The bound of three queries a turn is kept. There it is in the prompt alone.    --max-queries 0
+As published: an episode that never searches has the right format; fewer passages earn nothing; a
+hit is a gold answer anywhere in a passage, even inside a word.
 
-    python qagent.py search "who wrote ..." --model runs/qagent          passages, and how they were found
-    python qagent.py answer "who wrote ..." --model runs/qagent --generator DIR     a generator's answer from them
-    python qagent.py serve --model runs/qagent --port 8018               the same over HTTP, on this machine alone
-    python qagent.py measure --model runs/qagent --generators DIR DIR    exact match of generators with its passages;
-                                                                         --passages naive (top 5 once), gold, none
+    torchrun train.py --phase qagent --stage 1                       learn; then --stage 2
+    python qagent.py search "who wrote ..." --model runs/qagent      passages, and how it found them
+    python qagent.py answer "who wrote ..." --generator DIR          a generator's answer from them
+    python qagent.py serve --model runs/qagent --port 8018           HTTP, for this machine alone
+    python qagent.py measure --model runs/qagent --generators DIR DIR    exact match of generators
+                    with its passages; --passages naive (top 5 of one search), gold or none
 
 Legend: K passages collected.
 """
@@ -34,12 +43,12 @@ import re
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,59 +56,173 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import config
-from config import setting
-from data import TEST_SETS, Question, f1, hit, is_correct, normalize_answer, replace_surrogates
-from episode import Episode, episode_text
-from eval import align, gold_passages, read_sets
-from model import Tokenizer, load_decoder, pick_device
-from protocol import PROTOCOLS, merged, parse_action
-from retriever import Passage, Retriever
-from rollout import Policy, RolloutSettings, generate
+import eval as evaluation
+from bard import check_own_reward, open_own_guide
+from data import Passage, Question, build_messages, f1, hit, normalize_answer, replace_surrogates
+from episode import Episode, Protocol, episode_text, parse_action, unique_passages
+from eval import QUESTION_FILES, AgentSettings
+from infra import config
+from infra.config import setting
+from infra.parallel import pick_device
+from infra.run import Run, launch
+from reinforce import reinforce
+from retriever import Retriever
+from rollout import Policy, RolloutSettings, generate, load_protocol
+from session import Task, load_policy, open_session, open_student
+from settings import TrainSettings
+from settings import with_defaults as with_core_defaults
+from tokenizer import Tokenizer
 
-GENERATOR_PROMPT = (
-    "{passages}\n\nUse the passages above to answer the question. Answer in a few words, without an explanation.\n"
-    "Question: {question}"
+PHASES = ("qagent",)
+# QAgent's loop in our own words. Its published text (its paper's Table 5) belongs in a file, for
+# its checkpoints.
+QAGENT_PROMPT = (
+    "Find what is needed to answer the question below. Work in turns. To search, first write "
+    "what you still have to find out and how inside <plan> and </plan>, then up to three "
+    "queries, each inside <query> and </query>, all of them inside <search> and </search>. "
+    "What is found comes back between <information> and </information>; say inside "
+    "<reflection> and </reflection> what it tells you and what is missing, then plan and "
+    "search again, or give the answer, a few words, inside <answer> and </answer>. Question: "
+    "{question}"
 )
+GENERATOR_PROMPT = (
+    "{passages}\n\nUse the passages above to answer the question. Answer in a few words, without "
+    "an explanation.\nQuestion: {question}"
+)
+QUERY = re.compile(r"<query>(.*?)</query>", re.DOTALL)
 PLANNED = re.compile(r"<plan>((?!</?plan>).)*</plan>\s*$", re.DOTALL)
 REFLECTED = re.compile(r"\s*<reflection>((?!</?reflection>).)*</reflection>", re.DOTALL)
-REMOTE_CALLS = 8  # of a remote generator at once
+INFORMATION_END = "</information>\n"
+REMOTE_CALLS = 8  # requests to a remote generator at once
 NAIVE_PASSAGES = 5  # of the one search of naive RAG (the paper's baselines)
 MAX_BODY, MAX_QUESTION = 65_536, 4_000  # bytes of a request, characters of its question
 
 Generator = Callable[[Sequence[Question], Sequence[Sequence[Passage]]], list[str]]
 
 
+# ---- the protocol ----
+
+
+def query_list(content: str) -> tuple[str, ...]:
+    """The texts in <query> tags; without any tag, one query a line (official code)."""
+    queries = QUERY.findall(content) or content.split("\n")
+    return tuple(query.strip() for query in queries if query.strip())
+
+
+def passage_block(passages: Sequence[Passage]) -> str:
+    blocks = [f"Passage #{i} {p.title}\nPassage #{i} {p.text}\n\n"
+              for i, p in enumerate(passages, 1)]
+    return f"\n<information>\n{''.join(blocks)}{INFORMATION_END}"
+
+
+# The agent writes <plan>, then <search> with a <query> for each of several queries, or <answer>. A
+# block of numbered passages comes back, and the agent begins its next turn with a <reflection>.
+QAGENT = Protocol(
+    name="qagent",
+    queries=query_list,
+    observation=passage_block,
+    observation_end=INFORMATION_END,
+    notice="\nNo action was found in this turn. Plan, then put each query between query tags, all "
+    "of them between the search tags; or put the final answer between the answer tags.\n",
+    max_queries=3,
+)
+
+
+# ---- settings ----
+
+
 @dataclass
-class QAgentSettings(RolloutSettings):
-    stage: int = setting(1, "qagent: 1: format and answer; 2: what a frozen generator makes of the passages")
-    generator: str = setting("", "qagent: checkpoint that answers from passages, or http://.../v1/chat/completions")
-    generator_model: str = setting("", "qagent: the model's name, for a generator behind http")
-    generator_prompt: str = setting("", "qagent: a file with {passages} and {question}; empty: our own words")
-    generator_tokens: int = setting(64, "qagent: tokens of a generator's answer")
-    generator_timeout_s: float = setting(60.0, "qagent: a generator behind http that takes longer is asked again")
-    generator_tries: int = setting(3, "qagent: times that it is asked")
-    answer_match: str = setting("strict", "qagent: a generator's answer equals a gold answer, or has it within",
-                                choices=("strict", "within"))
-    hit_in: str = setting("passages", "qagent: where a gold answer counts as found (published: trajectory)",
-                          choices=("passages", "trajectory"))
-    hit_weight: float = setting(0.5, "qagent: what a hit is worth in stage 2")
+class GeneratorSettings:
+    """What a preset's table [qagent] may hold beside protocol and prompt: all commands read it."""
+
+    protocol: str = setting("qagent", "what the agent may write: qagent, search-r1, or "
+                            "FILE.py:NAME")
+    prompt: str = setting("qagent", "qagent (our words), paper, short, row, or a file with "
+                          "{question} (the published text)")
+    max_queries: int = setting(3, "queries of one search; those beyond are dropped and counted; "
+                               "0: any number")
+    generator: str = setting("", "checkpoint that answers from passages, or "
+                             "http://.../v1/chat/completions")
+    generator_model: str = setting("", "the model's name, for a generator behind http")
+    generator_prompt: str = setting("", "a file with {passages} and {question}; empty: our words")
+    generator_tokens: int = setting(64, "tokens of a generator's answer")
+    generator_timeout_s: float = setting(60.0, "a generator behind http that takes longer is asked "
+                                         "again")
+    generator_tries: int = setting(3, "times that a generator behind http is asked")
 
 
-# ---- what an episode has found ----
+@dataclass
+class QAgentSettings(GeneratorSettings, TrainSettings):
+    phase: str = setting("qagent", "what to run", choices=PHASES)
+    stage: int = setting(1, "1: format and answer; 2: what a generator makes of the passages")
+    answer_match: str = setting("strict", "a generator's answer equals a gold answer, or has it "
+                                "within", choices=("strict", "within"))
+    hit_in: str = setting("passages", "where a gold answer counts as found (published: "
+                          "trajectory)", choices=("passages", "trajectory"))
+    hit_weight: float = setting(0.5, "what a hit is worth in stage 2")
 
 
-def collected(episode: Episode) -> list[Passage]:
-    """K: the passages of all turns, each once, in the order in which they were found."""
-    return merged(episode.passages)
+def agent_protocol(settings: GeneratorSettings) -> Protocol:
+    """The protocol that settings name, QAgent's with its bound on queries."""
+    if settings.protocol in ("qagent", "qagent.py:QAGENT"):
+        return QAGENT._replace(max_queries=settings.max_queries)
+    return load_protocol(settings.protocol)
+
+
+def with_defaults(settings: QAgentSettings) -> QAgentSettings:
+    """Settings with what the phase implies where they are left open; refuses what cannot work."""
+    if settings.stage not in (1, 2):
+        raise ValueError(f"--stage {settings.stage}: expected 1 or 2")
+    settings = replace(settings, advantage=settings.advantage or "group")
+    check_own_reward(settings, QAGENT.name, agent_protocol(settings).name)
+    return with_core_defaults(settings)
+
+
+# ---- the agent ----
+
+
+def as_asked(questions: Sequence[Question], settings: RolloutSettings) -> list[Question]:
+    """The questions with QAGENT_PROMPT as their own prompt, if settings ask for it."""
+    if settings.prompt != "qagent":
+        return list(questions)
+    asked = []
+    for question in questions:
+        # The instruction is appended to a row's prompt later.
+        [message] = build_messages(replace(question, instruction=""), "short")
+        content = QAGENT_PROMPT.replace("{question}", message["content"])
+        asked.append(replace(question, prompt=[{"role": "user", "content": content}]))
+    return asked
+
+
+def core_settings(settings: RolloutSettings) -> RolloutSettings:
+    """The settings with names that the core knows: it has prompts of rows, and not ours."""
+    return replace(settings, prompt="row") if settings.prompt == "qagent" else settings
+
+
+def play_agent(
+    policy: Policy, retriever: Retriever, questions: Sequence[Question],
+    settings: "SearchSettings", *, seed: int, progress: str = "",
+) -> list[Episode]:
+    """An episode of the agent for each question."""
+    return generate(
+        policy, retriever, as_asked(questions, settings), core_settings(settings), seed=seed,
+        progress=progress, protocol=agent_protocol(settings))
 
 
 # ---- rewards ----
 
 
-def is_well_formed(episode: Episode, tokenizer: Tokenizer) -> bool:
-    """r_fmt: each search directly after a closed plan, a reflection directly after each block of passages, an answer,
-    and no turn without an action."""
+def collected_passages(episode: Episode) -> list[Passage]:
+    """K: the passages of all turns, each once, in the order in which they were found."""
+    return unique_passages(episode.passages)
+
+
+def follows_format(episode: Episode, tokenizer: Tokenizer) -> bool:
+    """r_fmt: whether the episode ends with an answer, and every turn has its parts.
+
+    Each search stands directly after a closed plan, and each turn after a block of passages begins
+    with a reflection. A turn without an action breaks the format.
+    """
     turns = [tokenizer.decode(s.ids) for s in episode.segments if s.author == "agent"]
     if episode.status != "answered" or len(turns) != episode.num_searches + 1:
         return False
@@ -107,106 +230,126 @@ def is_well_formed(episode: Episode, tokenizer: Tokenizer) -> bool:
     return reflects and all(PLANNED.search(turn.partition("<search>")[0]) for turn in turns[:-1])
 
 
-def stage_1(is_formed: bool, correct: float) -> float:
-    """1[format] EM (paper, stage 1)."""
-    return float(is_formed) * correct
-
-
-def stage_2(correct: float, found: bool, hit_weight: float = 0.5) -> float:
-    """EM of the generator's answer + 0.5 Hit (paper, stage 2)."""
-    return correct + hit_weight * found
-
-
 def within(prediction: str | None, golds: Sequence[str]) -> float:
-    """The published "non-strict" match: a normalised gold answer anywhere in the normalised prediction."""
+    """The published "non-strict" match: a normalised gold answer within the prediction."""
     text = normalize_answer(prediction or "")
     return float(any(gold and gold in text for gold in map(normalize_answer, golds)))
 
 
 def has_hit(episode: Episode, tokenizer: Tokenizer, hit_in: str) -> bool:
-    """Whether a gold answer was found: in the retrieved passages, or (as published) anywhere in the trajectory, the
-    agent's own words included."""
+    """Whether a gold answer is in a passage, or (hit_in "trajectory") anywhere after the prompt."""
     golds = episode.question.golden_answers
     if hit_in == "passages":
-        return hit(collected(episode), golds)
-    said = " ".join(tokenizer.decode(s.ids) for s in episode.segments if s.author != "prompt")
-    return bool(within(said, golds))
+        return hit(collected_passages(episode), golds)
+    texts = [tokenizer.decode(s.ids) for s in episode.segments if s.author != "prompt"]
+    return bool(within(" ".join(texts), golds))
 
 
 def rewards(
-    episodes: Sequence[Episode], tokenizer: Tokenizer, generator: Generator | None, settings: QAgentSettings
+    episodes: Sequence[Episode], tokenizer: Tokenizer, generator: Generator | None,
+    settings: QAgentSettings,
 ) -> list[float]:
-    """Of a stage's episodes; generator: needed in stage 2."""
+    """What episodes are worth in a stage (see the header); generator: needed in stage 2."""
     if settings.stage == 1:
-        return [stage_1(is_well_formed(e, tokenizer), e.score) for e in episodes]
-    answers = generator([e.question for e in episodes], [collected(e) for e in episodes])
-    strict = settings.answer_match == "strict"
-    return [stage_2(is_correct(answer, e.question) if strict else within(answer, e.question.golden_answers),
-                    has_hit(e, tokenizer, settings.hit_in), settings.hit_weight)
-            for answer, e in zip(answers, episodes, strict=True)]  # fmt: skip
+        return [follows_format(episode, tokenizer) * episode.score for episode in episodes]
+    questions = [episode.question for episode in episodes]
+    answers = generator(questions, [collected_passages(episode) for episode in episodes])
+    values = []
+    for answer, episode in zip(answers, episodes, strict=True):
+        match = episode.question.match if settings.answer_match == "strict" else within
+        correct = match(answer, episode.question.golden_answers)
+        is_hit = has_hit(episode, tokenizer, settings.hit_in)
+        values.append(correct + settings.hit_weight * is_hit)
+    return values
+
+
+def report_passages(episodes: Sequence[Episode], tokenizer: Tokenizer) -> dict[str, float]:
+    """Sums over the episodes of a step: passages, hits, queries and formats."""
+    collections = [collected_passages(episode) for episode in episodes]
+    golds = [episode.question.golden_answers for episode in episodes]
+    return {
+        "passages": sum(map(len, collections)),
+        "hit": sum(map(hit, collections, golds)),
+        "queries": sum(len(episode.queries) for episode in episodes),
+        "dropped_queries": sum(episode.dropped_queries for episode in episodes),
+        "format": sum(follows_format(episode, tokenizer) for episode in episodes),
+    }
 
 
 # ---- the frozen generator ----
 
 
-def generator_messages(question: Question, passages: Sequence[Passage], prompt: str = "") -> list[dict[str, str]]:
-    """What a generator is asked; prompt: a file with {passages} and {question}, empty for ours."""
+def generator_messages(
+    question: Question, passages: Sequence[Passage], prompt: str = ""
+) -> list[dict[str, str]]:
+    """The chat that a generator answers; prompt: a file with {passages} and {question}."""
     template = Path(prompt).read_text(encoding="utf-8") if prompt else GENERATOR_PROMPT
     if "{question}" not in template or "{passages}" not in template:
-        raise ValueError(f"--generator-prompt {prompt}: got no {{question}} or no {{passages}}, expected both")
-    shown = "\n\n".join(f"{p.title}\n{p.text}" for p in passages) or "(no passages)"
-    parts = re.split(r"(\{passages\}|\{question\})", template)  # text that is put in is never searched for them
-    values = {"{passages}": shown, "{question}": question.question}
+        raise ValueError(f"--generator-prompt {prompt}: got no {{question}} or no {{passages}}, "
+                         "expected both")
+    texts = [f"{passage.title}\n{passage.text}" for passage in passages]
+    values = {"{passages}": "\n\n".join(texts) or "(no passages)",
+              "{question}": question.question}
+    # Split first: a text that is put in may hold a place's name itself.
+    parts = re.split(r"(\{passages\}|\{question\})", template)
     return [{"role": "user", "content": "".join(values.get(part, part) for part in parts)}]
 
 
-def local_generator(policy: Policy, settings: QAgentSettings) -> Generator:
-    """A checkpoint that answers greedily; passages that do not fit into the context are left out from the end."""
-    def fits(question: Question, passages: Sequence[Passage]) -> Question:
+def local_generator(policy: Policy, settings: GeneratorSettings) -> Generator:
+    """A checkpoint that answers greedily; the last passages that do not fit are left out."""
+
+    def fit(question: Question, passages: Sequence[Passage]) -> Question:
         room = settings.max_context_tokens - settings.generator_tokens
         for count in range(len(passages), -1, -1):
             messages = generator_messages(question, passages[:count], settings.generator_prompt)
             if count == 0 or len(policy.tokenizer.chat(messages)) < room:
-                return replace(question, prompt=messages, budget=None)
+                # No instruction: it is meant for the agent.
+                return replace(question, prompt=messages, instruction="")
 
     def ask(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
-        rules = replace(settings, prompt="row", max_turns=0, temperature=0.0, max_new_tokens=settings.generator_tokens)
-        asked = [fits(q, k) for q, k in zip(questions, passages, strict=True)]
-        episodes = generate(policy, None, asked, rules, seed=0)
-        written = [e.segments[-1] for e in episodes]  # the prompt, where that alone fills the context
-        return [final_answer(policy.tokenizer.decode(s.ids)) if s.author == "agent" else "" for s in written]
+        rules = replace(settings, protocol="search-r1", prompt="row", max_turns=0,
+                        temperature=0.0, max_new_tokens=settings.generator_tokens)
+        asked = [fit(q, some) for q, some in zip(questions, passages, strict=True)]
+        answers = []
+        for episode in generate(policy, None, asked, rules, seed=0):
+            last = episode.segments[-1]  # the prompt, if that alone fills the context
+            text = policy.tokenizer.decode(last.ids) if last.author == "agent" else ""
+            answers.append(final_answer(text))
+        return answers
 
     return ask
 
 
 def final_answer(text: str) -> str:
-    """What a generator says at last: after its thinking, if it thinks first; within answer tags, if it writes them.
-
-    Nothing, if it was cut off while it thought.
-    """
+    """A generator's answer without thinking and tags; empty if it was cut off while it thought."""
     if "<think>" in text and "</think>" not in text:
         return ""
-    action = parse_action(text := text.rpartition("</think>")[2])
+    text = text.rpartition("</think>")[2]
+    action = parse_action(text)
     return action.content if action.kind == "answer" else text.strip()
 
 
-def remote_generator(settings: QAgentSettings) -> Generator:
-    """A server that speaks the chat-completions protocol; asked again after an error, with growing pauses."""
+def remote_generator(settings: GeneratorSettings) -> Generator:
+    """A chat-completions server; ConnectionError once it has failed generator_tries times."""
+
     def ask(question: Question, passages: Sequence[Passage]) -> str:
-        body = {"model": settings.generator_model, "temperature": 0, "max_tokens": settings.generator_tokens,
-                "messages": generator_messages(question, passages, settings.generator_prompt)}  # fmt: skip
-        request = urllib.request.Request(settings.generator, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        messages = generator_messages(question, passages, settings.generator_prompt)
+        body = {"model": settings.generator_model, "temperature": 0,
+                "max_tokens": settings.generator_tokens, "messages": messages}
+        request = urllib.request.Request(
+            settings.generator, json.dumps(body).encode(), {"Content-Type": "application/json"})
         for attempt in range(settings.generator_tries):
+            if attempt > 0:
+                time.sleep(min(10.0, 0.5 * 2 ** (attempt - 1)))
             try:
-                with urllib.request.urlopen(request, timeout=settings.generator_timeout_s) as response:
-                    answer = json.load(response)["choices"][0]["message"]["content"]
-                    return final_answer("" if answer is None else answer)  # null: cut off while it thought
+                with urllib.request.urlopen(request, timeout=settings.generator_timeout_s) as reply:
+                    answer = json.load(reply)["choices"][0]["message"]["content"]
+                return final_answer("" if answer is None else answer)  # null: cut off in thought
             except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
-            time.sleep(min(10.0, 0.5 * 2**attempt) if attempt + 1 < settings.generator_tries else 0)
-        raise ConnectionError(f"--generator {settings.generator}: got {problem} {settings.generator_tries} times, "
-                              "expected an answer of a chat-completions server; see its log, then --resume")
+        raise ConnectionError(f"--generator {settings.generator}: got {problem} "
+                              f"{settings.generator_tries} times, expected an answer of a "
+                              "chat-completions server; see its log, then --resume")
 
     def ask_all(questions: Sequence[Question], passages: Sequence[Sequence[Passage]]) -> list[str]:
         with ThreadPoolExecutor(REMOTE_CALLS) as pool:
@@ -216,14 +359,16 @@ def remote_generator(settings: QAgentSettings) -> Generator:
 
 
 def load_generator(
-    settings: QAgentSettings, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    settings: GeneratorSettings, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Generator:
+    """The generator that --generator names: a checkpoint, or a server."""
     if not settings.generator:
-        raise ValueError("--generator: got none, expected a checkpoint or the address of a chat-completions server")
+        raise ValueError("--generator: got none, expected a checkpoint or the address of a "
+                         "chat-completions server")
     if is_remote(settings.generator):
         return remote_generator(settings)
-    decoder = load_decoder(settings.generator, dtype=dtype, device=device)
-    policy = Policy(decoder, Tokenizer.load(settings.generator))
+    policy = load_policy(settings.generator, device, "generator", dtype)
     policy.decoder.requires_grad_(False)
     return local_generator(policy, settings)
 
@@ -232,70 +377,104 @@ def is_remote(generator: str) -> bool:
     return generator.startswith(("http://", "https://"))
 
 
+# ---- the phase ----
+
+
+def train(argv: list[str]) -> None:
+    """Run phase qagent; train.py hands over to it."""
+    settings = config.load(
+        QAgentSettings, argv, prog="qagent.py", description=__doc__.split("\n")[0],
+        default_config=evaluation.DEFAULT_CONFIG)
+    settings = with_defaults(settings)
+    launch(settings, partial(run_phase, settings=settings))
+
+
+def run_phase(run: Run, settings: QAgentSettings) -> None:
+    """GRPO on what the passages are worth, or PPO with --advantage gae."""
+    rules = core_settings(settings)
+    session = open_session(rules, run.device, Task(protocol=agent_protocol(settings)))
+    for question in session.questions:
+        evaluation.check_answer_kind(question)
+    student = open_student(run, rules)
+    guide, generator = open_own_guide(settings, run.device, student), None
+    if settings.stage == 2:
+        generator = load_generator(settings, run.device, getattr(torch, settings.teacher_dtype))
+    task = Task(
+        reward=lambda episodes: rewards(episodes, student.tokenizer, generator, settings),
+        report=lambda episodes: report_passages(episodes, student.tokenizer),
+        prepare=lambda questions, *seeds: as_asked(questions, settings), drop_equal_groups=True)
+    reinforce(run, rules, student, guide, session, task)
+
+
 # ---- plug and play ----
 
 
-class Found(NamedTuple):
+@dataclass
+class SearchSettings(GeneratorSettings, AgentSettings):
+    max_turns: int = setting(5, "turns that may search (official code)")
+    top_k: int = setting(1, "passages of a query (official code)")
+    model: str = setting("runs/qagent", "checkpoint that searches")
+    passages: str = setting("agent", "measure: whose passages; naive: 5 of one search for the "
+                            "question; gold: those that the row names",
+                            choices=("agent", "naive", "none", "gold"))
+    generators: tuple[str, ...] = setting((), "measure: several generators; empty: --generator")
+    questions: tuple[str, ...] = setting(QUESTION_FILES, "measure: question files, JSONL")
+    limit: int | None = setting(None, "measure: only the first questions of each file")
+    name: str = setting("", "measure: its name in tables; empty: the last part of model")
+    out: str = setting("", "measure: folder to write; empty: runs/eval/<name>")
+    host: str = setting("127.0.0.1", "serve: address; 0.0.0.0 opens the door to other machines, "
+                        "without a password")
+    port: int = setting(8018, "serve: port")
+
+
+# What the commands take from a training preset: not how training samples, or what it trains on.
+SHARED = {field.name for field in fields(SearchSettings)} - {"temperature", "questions", "seed"}
+
+
+class SearchResult(NamedTuple):
     passages: list[Passage]
     queries: list[str]
     trace: str  # the episode as text
 
 
-def search(question: str, policy: Policy, retriever: Retriever, settings: QAgentSettings, *, seed: int = 0) -> Found:
-    """Let the agent work on a question: the passages for a generator, and how they were found."""
+def search(
+    question: str, policy: Policy, retriever: Retriever, settings: SearchSettings, *, seed: int = 0
+) -> SearchResult:
+    """The agent's passages and how it found them; ConnectionError if the retriever fails."""
     if not question.strip():
         raise ValueError("question: got nothing, expected a text")
-    [episode] = generate(policy, retriever, [Question("asked", question, (), "asked")], settings, seed=seed)
+    asked = Question("asked", question, (), "asked")
+    [episode] = play_agent(policy, retriever, [asked], settings, seed=seed)
     if episode.status == "search_error":
         raise ConnectionError("the retriever failed, see above why")
-    return Found(collected(episode), episode.queries, episode_text(episode, policy.tokenizer))
-
-
-@dataclass
-class SearchSettings(QAgentSettings):
-    protocol: str = setting("qagent", "what the agent may write", choices=tuple(PROTOCOLS))
-    max_turns: int = setting(5, "turns that may search (official code)")
-    top_k: int = setting(1, "passages of a query (official code)")
-    prompt: str = setting("qagent", "'qagent' (our words), 'short', or a file with {question} (the published text)")
-    model: str = setting("runs/qagent", "checkpoint that searches")
-    dtype: str = setting("float32", "dtype of agent and generators", choices=("float32", "bfloat16"))
-    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
-    corpus: str = setting("", "passages, JSONL")
-    encoder: str = setting("", "checkpoint of the passage encoder")
-    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    passages: str = setting("agent", "measure: whose passages; naive: 5 of one search for the question; gold: those "
-                            "that the row names", choices=("agent", "naive", "none", "gold"))
-    generators: tuple[str, ...] = setting((), "measure: several, each as --generator; empty: that one")
-    questions: tuple[str, ...] = setting(
-        tuple(f"world/questions/{name}.jsonl" for name in TEST_SETS), "measure: question files, JSONL")
-    limit: int | None = setting(None, "measure: the first questions of each file alone")
-    name: str = setting("", "measure: its name in tables; empty: the last part of model")
-    out: str = setting("", "measure: folder to write; empty: runs/eval/<name>")
-    seed: int = setting(0, "sampling noise, at a temperature above 0")
-    host: str = setting("127.0.0.1", "serve: address; 0.0.0.0 opens the door to other machines, without a password")
-    port: int = setting(8018, "serve: port")
-
-
-SHARED = {field.name for field in fields(SearchSettings)} - {"temperature", "questions", "seed"}  # of a training preset
+    trace = episode_text(episode, policy.tokenizer)
+    return SearchResult(collected_passages(episode), episode.queries, trace)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """POST /search {"question": text} -> {"passages": [{id, title, text}], "queries": [text], "trace": text}."""
+    """POST /search {"question": text} -> {"passages": [...], "queries": [...], "trace": text}.
 
-    look_up: Callable[[str], Found]  # set by serve
+    A passage is {id, title, text}. An error is {"error": text} with status 400 or 500.
+    """
+
+    look_up: Callable[[str], SearchResult]  # set by `serve`
     lock = threading.Lock()  # the model answers one question at a time
-    timeout = 30  # seconds for a client to send what it has announced
+    timeout = 30  # seconds for a client to send the body that it announced
 
     def do_POST(self) -> None:
         try:
-            self.answer(200, self.found())
+            question = self.read_question()
+            with self.lock:
+                result = type(self).look_up(question)
+            passages = [{"id": p.id, "title": p.title, "text": p.text} for p in result.passages]
+            self.reply(200, {"passages": passages, "queries": result.queries,
+                             "trace": result.trace})
         except ValueError as error:
-            self.answer(400, {"error": str(error)})
+            self.reply(400, {"error": str(error)})
         except (OSError, RuntimeError) as error:
-            self.answer(500, {"error": str(error)})
+            self.reply(500, {"error": str(error)})
 
-    def found(self) -> dict[str, Any]:
+    def read_question(self) -> str:
         if self.path != "/search":
             raise ValueError(f"{self.path}: got an unknown path, expected /search")
         length = self.headers.get("Content-Length", "")
@@ -304,14 +483,11 @@ class Handler(BaseHTTPRequestHandler):
         row = json.loads(self.rfile.read(int(length)))
         question = row.get("question") if isinstance(row, dict) else None
         if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
-            raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most {MAX_QUESTION} "
-                             "characters")
-        with self.lock:
-            found = type(self).look_up(replace_surrogates(question))
-        passages = [{"id": p.id, "title": p.title, "text": p.text} for p in found.passages]
-        return {"passages": passages, "queries": found.queries, "trace": found.trace}
+            raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most "
+                             f"{MAX_QUESTION} characters")
+        return replace_surrogates(question)
 
-    def answer(self, status: int, value: dict[str, Any]) -> None:
+    def reply(self, status: int, value: dict[str, Any]) -> None:
         body = json.dumps(value, ensure_ascii=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
@@ -320,137 +496,139 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def serve(look_up: Callable[[str], Found], host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is ready; .serve_forever() runs it."""
-    return ThreadingHTTPServer((host, port), type("Door", (Handler,), {"look_up": staticmethod(look_up)}))
+def serve(look_up: Callable[[str], SearchResult], host: str, port: int) -> ThreadingHTTPServer:
+    """A server that listens; its serve_forever() answers."""
+    door = type("Door", (Handler,), {"look_up": staticmethod(look_up)})
+    return ThreadingHTTPServer((host, port), door)
 
 
-# ---- measures as a submodule ----
+# ---- how good the passages are for generators ----
 
 
-def gather(
-    policy: Policy | None, retriever: Retriever | None, questions: Sequence[Question], settings: SearchSettings, *,
-    seed: int, progress: str = "",
+def gather_passages(
+    policy: Policy | None, retriever: Retriever | None, questions: Sequence[Question],
+    settings: SearchSettings, *, seed: int, progress: str = "",
 ) -> tuple[list[list[Passage]], list[dict[str, float]]]:
-    """Passages for each question, and what it took to find them."""
+    """The passages for each question, as settings.passages says, and what it took to find them."""
     if settings.passages == "none":
         return [[] for _ in questions], [{} for _ in questions]
     if settings.passages == "gold":
-        return gold_passages(questions, retriever), [{} for _ in questions]
+        return evaluation.gold_passages(questions, retriever), [{} for _ in questions]
     if settings.passages == "naive":
-        found = retriever.search([q.question for q in questions], NAIVE_PASSAGES)
-        return found, [{"queries": 1.0} for _ in questions]
-    episodes = generate(policy, retriever, questions, settings, seed=seed, progress=progress)
-    about = [{"queries": float(len(e.queries)), "searches": float(e.num_searches), "agent_em": e.score,
-              "agent_f1": f1(e.answer, e.question.golden_answers)} for e in episodes]  # fmt: skip
-    return [collected(e) for e in episodes], about
+        results = retriever.search([q.question for q in questions], NAIVE_PASSAGES)
+        return results, [{"queries": 1.0} for _ in questions]
+    episodes = play_agent(policy, retriever, questions, settings, seed=seed, progress=progress)
+    measures = [{"queries": float(len(episode.queries)), "searches": float(episode.num_searches),
+                 "agent_em": episode.score,
+                 "agent_f1": f1(episode.answer, episode.question.golden_answers)}
+                for episode in episodes]
+    return [collected_passages(episode) for episode in episodes], measures
 
 
-def measure(
-    policy: Policy | None, retriever: Retriever | None, question_sets: dict[str, list[Question]],
-    generators: dict[str, Generator], settings: SearchSettings, *, progress: bool = False,
+def evaluate_passages(
+    policy: Policy | None, retriever: Retriever | None,
+    question_sets: dict[str, list[Question]], generators: dict[str, Generator],
+    settings: SearchSettings, *, progress: bool = False,
 ) -> dict[str, Any]:
-    """{"sets": {set: means}, "average": over the sets, "rows": one for each question}. Of each generator: strict exact
-    match "em NAME", the published one "within NAME", "f1 NAME"; beside them hit, passages, queries, searches, and the
-    agent's own answers."""
-    rows = []
+    """Measure what generators make of the passages.
+
+    Returns {"sets": {set: means}, "average": over the sets, "rows": one for each question}. For
+    each generator there are strict exact match "em NAME", the published one "within NAME" and
+    "f1 NAME". Beside them stand hit, passages, queries, searches, and the agent's own answers.
+    """
+    sets, all_rows = {}, []
     for name, questions in question_sets.items():
-        seed = settings.seed + zlib.crc32(name.encode())
-        found, about = gather(policy, retriever, questions, settings, seed=seed, progress=name if progress else "")
-        some = [{"set": name, "id": q.id, "passages": float(len(k)), "hit": float(hit(k, q.golden_answers)), **more}
-                for q, k, more in zip(questions, found, about, strict=True)]  # fmt: skip
+        collections, measures = gather_passages(
+            policy, retriever, questions, settings, progress=name if progress else "",
+            seed=evaluation.set_seed(settings.seed, name))
+        rows = []
+        for question, passages, measured in zip(questions, collections, measures, strict=True):
+            rows.append({"set": name, "id": question.id, "passages": float(len(passages)),
+                         "hit": float(hit(passages, question.golden_answers)), **measured})
         for label, generator in generators.items():
-            for row, question, answer in zip(some, questions, generator(questions, found), strict=True):
+            answers = generator(questions, collections)
+            for row, answer, question in zip(rows, answers, questions, strict=True):
                 golds = question.golden_answers
-                row |= {f"answer {label}": answer, f"em {label}": is_correct(answer, question),
-                        f"within {label}": within(answer, golds), f"f1 {label}": f1(answer, golds)}
-        rows += some
-    sets = {}
-    for name in question_sets:
-        some = [row for row in rows if row["set"] == name]
-        sets[name] = {key: float(np.mean([row[key] for row in some])) for key in some[0]
-                      if isinstance(some[0][key], float)}
-    average = {key: float(np.mean([means[key] for means in sets.values()])) for key in next(iter(sets.values()))}
-    return {"sets": sets, "average": average, "rows": rows}
+                row.update({f"answer {label}": answer, f"em {label}": question.match(answer, golds),
+                            f"within {label}": within(answer, golds),
+                            f"f1 {label}": f1(answer, golds)})
+        keys = [key for key, value in rows[0].items() if isinstance(value, float)]
+        sets[name] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
+        all_rows += rows
+    average = {}
+    for key in next(iter(sets.values())):
+        average[key] = float(np.mean([means[key] for means in sets.values()]))
+    return {"sets": sets, "average": average, "rows": all_rows}
 
 
-def measure_table(result: dict[str, Any]) -> str:
+def passages_table(result: dict[str, Any]) -> str:
     """A line for each measure, a column for each set."""
     columns = {**result["sets"], "average": result["average"]}
     lines = [[result["name"], *columns]]
-    lines += [[key, *(f"{means[key]:.3f}" for means in columns.values())] for key in result["average"]]
-    return align(lines)
+    for key in result["average"]:
+        lines.append([key, *(f"{means[key]:.3f}" for means in columns.values())])
+    return evaluation.align(lines)
 
 
-def run_measure(settings: SearchSettings, policy: Policy | None, retriever: Retriever | None) -> None:
-    """Measure, write DIR/submodule.json and .jsonl, print."""
-    name = settings.name or (Path(settings.model).name if settings.passages == "agent" else settings.passages)
-    labels = [g if is_remote(g) else Path(g).name for g in settings.generators or (settings.generator,)]
+def run_measure(
+    settings: SearchSettings, policy: Policy | None, retriever: Retriever | None
+) -> None:
+    """Measure, write DIR/submodule.json and .jsonl, print the table."""
+    measured = settings.model if settings.passages == "agent" else settings.passages
+    name, out = evaluation.name_and_out(settings, measured)
+    specs = settings.generators or (settings.generator,)
+    labels = [spec if is_remote(spec) else Path(spec).name for spec in specs]
     if len(set(labels)) < len(labels):
         raise ValueError(f"--generators: got {labels}, expected names that differ")
-    sets = read_sets(settings.questions, settings.limit)  # a wrong file is told before models are loaded
-    dtype = getattr(torch, settings.dtype)
-    generators = {label: load_generator(replace(settings, generator=given), pick_device(settings.device), dtype)
-                  for label, given in zip(labels, settings.generators or (settings.generator,), strict=True)}
-    result = {"name": name} | measure(policy, retriever, sets, generators, settings, progress=True)
-    out = Path(settings.out or f"runs/eval/{name}")
-    out.mkdir(parents=True, exist_ok=True)
+    sets = evaluation.read_sets(settings.questions, settings.limit)
+    dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
+    generators = {label: load_generator(replace(settings, generator=spec), device, dtype)
+                  for label, spec in zip(labels, specs, strict=True)}
+    result = {"name": name}
+    result |= evaluate_passages(policy, retriever, sets, generators, settings, progress=True)
     rows = result.pop("rows")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "submodule.jsonl").write_text(text, encoding="utf-8")
-    about = json.dumps(result | {"settings": asdict(settings)}, indent=1, ensure_ascii=False)
-    (out / "submodule.json").write_text(about + "\n", encoding="utf-8")
-    print(f"{measure_table(result)}\n\nwrote {out}/submodule.json, .jsonl")
+    evaluation.write_result(
+        out / "submodule.json", {**result, "settings": asdict(settings)}, rows)
+    print(f"{passages_table(result)}\n\nwrote {out}/submodule.json, .jsonl")
 
 
 # ---- the program ----
 
 
 def main(argv: list[str]) -> None:
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command not in ("search", "answer", "serve", "measure"):
-        is_help = command in ("", "-h", "--help")
-        sys.exit(__doc__ if is_help else f"qagent.py: got {command!r}, expected search, answer, serve or measure")
-    words = []
-    while rest and not rest[0].startswith("--"):
-        words.append(rest.pop(0))
-    if (command in ("serve", "measure")) == bool(words):
-        sys.exit(f"qagent.py {command}: got {' '.join(words)!r}, expected "
-                 + ('a question: "who wrote ..."' if command in ("search", "answer") else "no question"))
-    settings = config.load(SearchSettings, rest, prog=f"qagent.py {command}",
-                           description="A plug-and-play search agent.",
-                           default_config=Path(__file__).parent / "configs" / "world.toml",
-                           shared=SHARED)
+    command, question, flags = evaluation.read_command(
+        argv, "qagent.py", __doc__,
+        {"search": True, "answer": True, "serve": False, "measure": False})
+    settings = config.load(
+        SearchSettings, flags, prog=f"qagent.py {command}", shared=SHARED,
+        description="A plug-and-play search agent.", default_config=evaluation.DEFAULT_CONFIG)
     if not (settings.corpus and settings.encoder):
-        raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, expected both; give "
-                         "--corpus and --encoder")
-    dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
-    generator = load_generator(settings, device, dtype) if command == "answer" else None
-    policy = retriever = None
+        raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, "
+                         "expected both; give --corpus and --encoder")
+    generator = policy = retriever = None
+    if command == "answer":
+        device = pick_device(settings.device)
+        generator = load_generator(settings, device, getattr(torch, settings.dtype))
     if command != "measure" or settings.passages == "agent":
-        policy = Policy(load_decoder(settings.model, dtype=dtype, device=device), Tokenizer.load(settings.model))
-    if command != "measure" or settings.passages != "none":
-        retriever = Retriever.load(settings.corpus, settings.encoder, index=settings.index or None, device=device)
+        policy, retriever = evaluation.load_agent(settings)
+    elif settings.passages != "none":
+        retriever = evaluation.load_retriever(settings)
     if command == "measure":
         return run_measure(settings, policy, retriever)
-
-    def look_up(question: str) -> Found:
-        return search(question, policy, retriever, settings)
-
+    look_up = partial(search, policy=policy, retriever=retriever, settings=settings)
     if command == "serve":
         server = serve(look_up, settings.host, settings.port)
         print(f"http://{settings.host}:{settings.port}/search; Ctrl-C ends it", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            return
-    question = " ".join(words)
-    found = look_up(question)
-    print(found.trace)
-    for number, passage in enumerate(found.passages, 1):
+        return
+    result = look_up(question)
+    print(result.trace)
+    for number, passage in enumerate(result.passages, 1):
         print(f"\n[{number}] {passage.title}\n{passage.text}")
     if generator is not None:
-        [answer] = generator([Question("asked", question, (), "asked")], [found.passages])
+        asked = Question("asked", question, (), "asked")
+        [answer] = generator([asked], [result.passages])
         print(f"\nanswer: {answer}")
 
 

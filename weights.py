@@ -1,20 +1,16 @@
-"""Weights: published checkpoint folders (config.json, *.safetensors), read strictly and written atomically.
-
-A checkpoint fits its config.json exactly or is refused with file, tensor, got, expected, what to do.
-"""
+"""Weights: published checkpoint folders; what does not fit its config.json is refused by name."""
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from infra.checkpoint import write_aside
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -22,131 +18,101 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 def check(where: str, key: str, got: object, *expected: object) -> None:
     if got not in expected:
-        raise ValueError(f"{where}: unsupported {key}: got {got!r}, expected one of {list(expected)}; "
-                         "use a Qwen2, Qwen3 or Llama decoder, or a BERT-type encoder with mean pooling")
+        raise ValueError(f"{where}: unsupported {key}: got {got!r}, expected one of "
+                         f"{list(expected)}; use a Qwen2, Qwen3, Llama or mean-pooling BERT model")
 
 
 def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint; ids such as "Qwen/Qwen2.5-0.5B-Instruct" are downloaded."""
+    """The folder of a checkpoint; an id such as "Qwen/Qwen2.5-0.5B-Instruct" is downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is None or Path(path).parent.is_dir():
-        raise FileNotFoundError(f"checkpoint: got {path}, expected a folder or an id like org/name; check the path")
+    problem = f"checkpoint: got {path}, expected a folder or an id like org/name"
+    if Path(path).parent.is_dir():  # an id is no path
+        raise FileNotFoundError(f"{problem}; check the path")
     from huggingface_hub import snapshot_download  # here, because only downloads need it
-
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
-        raise FileNotFoundError(f"checkpoint: got {path}, expected a folder or an id that can be downloaded "
-                                f"({type(error).__name__}: {error}); check the path") from error
+        got = f"{type(error).__name__}: {error}"
+        raise FileNotFoundError(f"{problem} to download ({got}); check the path") from error
 
 
 @contextmanager
 def blaming(path: Path, expected: str) -> Iterator[None]:
-    """Whatever goes wrong within is the fault of a file that a person handed in: an error that names it."""
+    """Context manager: whatever goes wrong inside becomes a ValueError that names this file."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of a Rust library is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-            raise
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         if isinstance(error, ValueError) and str(path.parent) in str(error):
             raise
-        raise ValueError(f"{path}: got {type(error).__name__}: {str(error)[:200]}; expected {expected}; copy it "
-                         "again") from error
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path}: got {got}; expected {expected}; copy it again") from error
 
 
 def file_in(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        found = sorted(entry.name for entry in folder.iterdir())
-        raise FileNotFoundError(f"{folder}: got {found}, expected {name} among them; copy it from the checkpoint")
+        got = sorted(entry.name for entry in folder.iterdir())
+        raise FileNotFoundError(f"{folder}: got {got}, expected {name} among them; copy it there")
     return folder / name
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
+    """The object in a JSON file. If there is no such file: `default`, or an error without one."""
     if default is not None and not path.is_file():
         return default
-    try:
-        document = json.loads(file_in(path.parent, path.name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: got broken JSON ({error}), expected an object; copy it again") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: got {str(document)[:40]!r}, expected a JSON object; copy it again")
-    return document
+    with blaming(path, "a JSON object"):
+        return {**json.loads(file_in(path.parent, path.name).read_text(encoding="utf-8"))}
 
 
-def shards(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        return [file_in(folder, WEIGHTS)]
-    return [file_in(folder, name) for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-
-
-def open_tensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: got {path.stat().st_size} bytes that are no complete safetensors file ({error}), "
-                         "expected a whole one; copy it again") from error
-
-
-def fill(module: nn.Module, folder: Path, public_name: Callable[[str], str | None], *, dtype: torch.dtype,
-          device: torch.device | str, twin: dict[str, str]) -> None:
-    """Load, strictly, a module laid out on the meta device; `twin` names tensors that may only repeat another one."""
-    again = "take config.json and weights from the same checkpoint"
-    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    found: dict[str, Tensor] = {}
-    for path in shards(folder):
-        with open_tensors(path) as file:
-            for stored in file.keys():
-                name, part = public_name(stored), file.get_slice(stored)
-                if name is None:
-                    continue
-                at, wanted, shape = f"{path}: tensor {stored}:", expected.get(twin.get(name, name)), part.get_shape()
-                if wanted is None:
-                    raise ValueError(f"{at} got it with shape {shape}, expected no such (unexpected) tensor; {again}")
-                if shape != wanted:
-                    raise ValueError(f"{at} got shape {shape}, expected {wanted}; {again}")
-                if part.get_dtype() not in FLOAT_TYPES:
-                    raise ValueError(f"{at} got type {part.get_dtype()}, expected one of {list(FLOAT_TYPES)}; "
-                                     "use a checkpoint that is not quantized")
-                found[name] = file.get_tensor(stored).to(device, dtype, copy=True)  # else it is a view of the file
-    missing = [name for name in expected if name not in found]
+def fill(module: nn.Module, folder: Path, public_name: Callable[[str], str | None], *,
+         dtype: torch.dtype, device: torch.device | str, twin: dict[str, str]) -> None:
+    """Load a checkpoint strictly into a module on the meta device."""
+    # public_name: name of a stored tensor -> the module's, or None to skip it. twin: names of
+    # tensors that may be stored although they only repeat another one.
+    advice = "take config.json and weights from the same checkpoint"
+    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    files = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        files = set(read_json(folder / INDEX)["weight_map"].values())
+    for path in [file_in(folder, name) for name in sorted(files)]:
+        with blaming(path, "a complete safetensors file"):
+            file = safe_open(path, "pt")
+        for stored_name in file.keys():
+            name, part = public_name(stored_name), file.get_slice(stored_name)
+            if name is None:
+                continue
+            where, shape = f"{path}: tensor {stored_name}: got", part.get_shape()
+            expected = shapes.get(twin.get(name, name), "no such tensor")
+            if shape != expected:
+                raise ValueError(f"{where} shape {shape}, expected {expected}; {advice}")
+            if part.get_dtype() not in FLOAT_TYPES:
+                raise ValueError(f"{where} type {part.get_dtype()}, expected one of {FLOAT_TYPES}; "
+                                 "use weights that are not quantized")
+            # A copy, because it may be a view of the file otherwise.
+            tensors[name] = file.get_tensor(stored_name).to(device, dtype, copy=True)
+    missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise ValueError(f"{folder}: missing tensor {missing[0]} (and {len(missing) - 1} more): got {len(found)} "
-                         f"tensors, expected {len(expected)}; {again}")
-    for name in twin.keys() & found.keys():
-        if not torch.equal(found.pop(name), found[twin[name]]):
-            raise ValueError(f"{folder}: tensor {name}: got values other than {twin[name]}'s, expected the same, as "
-                             "config.json says tie_word_embeddings; set that to false, or remove the tensor")
-    module.load_state_dict(found, assign=True)
-
-
-def randomize(module: Any, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():  # norm weights stay 1
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-    return module
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Atomic: a reader, or a crash, leaves the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial{os.getpid()}")
-    write(partial)
-    umask = os.umask(0)
-    os.umask(umask)  # the one way to read it is to set it
-    partial.chmod(0o666 & ~umask)  # as any program's file: safetensors writes for the owner alone
-    os.replace(partial, path)
+        raise ValueError(f"{folder}: missing tensor {missing[0]} (and {len(missing) - 1} more): "
+                         f"got {len(tensors)} tensors, expected {len(shapes)}; {advice}")
+    for name in twin.keys() & tensors.keys():
+        if not torch.equal(tensors.pop(name), tensors[twin[name]]):
+            raise ValueError(f"{folder}: tensor {name}: got values other than {twin[name]}'s, "
+                             "expected the same, as config.json says tie_word_embeddings; set that "
+                             "to false, or remove the tensor")
+    module.load_state_dict(tensors, assign=True)
 
 
 def save_tensors(folder: Path, public: dict, state: dict[str, Tensor]) -> None:
+    """Write config.json (`public`, with the dtype of the tensors) and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    public = {key: value for key, value in public.items() if key != "dtype"} | {"torch_dtype": kind}
+    config = {key: value for key, value in public.items() if key != "dtype"}
+    config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    text = json.dumps(config, indent=1) + "\n"
     write_aside(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     (folder / INDEX).unlink(missing_ok=True)  # of a sharded checkpoint that was here before
-    write_aside(folder / "config.json", lambda path: path.write_text(json.dumps(public, indent=1) + "\n"))
+    write_aside(folder / "config.json", lambda path: path.write_text(text))

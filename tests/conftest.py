@@ -1,4 +1,4 @@
-"""Shared by all tests: real checkpoints and data where they are, a skip with its reason else."""
+"""Fixtures of all tests: the miniature world, the byte tokenizer, real checkpoints and data."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import Tokenizer
+from tests.support.mini import make_mini
+from tests.support.models import byte_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Student, teacher, encoder, corpus, questions, episodes and mini.toml; to be read only."""
+    return make_mini(tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One token a byte, and three control tokens."""
+    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
 
 
 def _folder(variable: str, default: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Collapse: noticed where it is, not where it is not, and a run that ends by it leaves its best weights.
+"""Collapse: it is noticed where it is, and nowhere else; a run that ends by it leaves its best.
 
 Run: python -m pytest tests/test_collapse.py
 """
@@ -7,34 +7,45 @@ import random
 
 import pytest
 from safetensors.torch import load_file
-from test_train import mini, run  # noqa: F401
 
-from checkpoint import states
-from collapse import WINDOW, signs_of_collapse
-from run import Collapse, Run
+from infra.collapse import WINDOW, signs_of_collapse
+from infra.run import Collapse, Run
+from tests.support.runs import run
 
 EPISODES = 128
 
 
 def row(score: float, invalid: float = 0.02, **others: float) -> dict[str, float]:
-    return {"rollout/score": score, "rollout/invalid": invalid, "rollout/max_tokens": 0.01, "loss/entropy": 0.3,
-            "rollout/kl_student_guide": 0.1, "rollout/agent_tokens": 60.0, "loss/approx_kl": 0.01,
-            "rollout/explained_variance": 0.5} | others  # fmt: skip
+    return {
+        "rollout/score": score,
+        "rollout/invalid": invalid,
+        "rollout/max_tokens": 0.01,
+        "loss/entropy": 0.3,
+        "rollout/kl_student_guide": 0.1,
+        "rollout/agent_tokens": 60.0,
+        "loss/approx_kl": 0.01,
+        "rollout/explained_variance": 0.5,
+    } | others
 
 
 RISING = [row(0.1 + 0.02 * n) for n in range(25)]
 
 
 def test_a_run_that_learns_or_stands_still_has_not_collapsed():
-    for rows in (RISING, RISING[:3], [], [row(0.0)] * 40, [row(0.3)] * 40, [row(0.4 - 0.004 * n) for n in range(40)]):
+    falling_slowly = [row(0.4 - 0.004 * n) for n in range(40)]
+    for rows in (RISING, RISING[:3], [], [row(0.0)] * 40, [row(0.3)] * 40, falling_slowly):
         assert signs_of_collapse(rows, EPISODES) == ""
+
+
+def share(draw: random.Random, probability: float, num: int) -> float:
+    return sum(draw.random() < probability for _ in range(num)) / num
 
 
 def test_chance_is_no_collapse():
     draw = random.Random(0)
     for num_episodes, score in ((8, 0.3), (8, 0.05), (128, 0.02), (128, 0.5)):
         for _ in range(100):
-            rows = [row(sum(draw.random() < score for _ in range(num_episodes)) / num_episodes) for _ in range(60)]
+            rows = [row(share(draw, score, num_episodes)) for _ in range(60)]
             assert all(signs_of_collapse(rows[:n], num_episodes) == "" for n in (10, 20, 40, 60))
 
 
@@ -45,9 +56,11 @@ def test_a_score_that_halves_is_a_collapse_and_a_single_bad_step_is_not():
 
 
 def test_a_reward_that_stands_is_no_collapse_where_it_and_not_the_score_is_watched():
-    rows = [given | {"rollout/reward": 0.9} for given in [*RISING, *[row(0.1)] * WINDOW]]
-    assert signs_of_collapse(rows, EPISODES) and signs_of_collapse(rows, EPISODES, "rollout/reward") == ""
-    fallen = [given | {"rollout/reward": 0.2} for given in [row(0.9)] * WINDOW]
+    scores = [*RISING, *[row(0.1)] * WINDOW]
+    rows = [{**metrics, "rollout/reward": 0.9} for metrics in scores]
+    assert signs_of_collapse(rows, EPISODES)
+    assert signs_of_collapse(rows, EPISODES, "rollout/reward") == ""
+    fallen = [{**metrics, "rollout/reward": 0.2} for metrics in [row(0.9)] * WINDOW]
     assert "fell from 0.900" in signs_of_collapse([*rows, *fallen], EPISODES, "rollout/reward")
 
 
@@ -57,16 +70,25 @@ def test_episodes_without_an_action_are_a_collapse_before_the_score_says_so():
     assert signs_of_collapse([row(0.0, invalid=0.9)] * 30, EPISODES) == ""  # it never knew better
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"loss/entropy": 0.01}, "entropy went from 0.3 to 0.01: raise --entropy-weight"),
-    ({"loss/entropy": 3.0}, "entropy went from 0.3 to 3: lower --actor-lr"),
-    ({"rollout/kl_student_guide": 2.0}, "KL to the guide went from 0.1 to 2: raise --beta"),
-    ({"rollout/agent_tokens": 400.0}, "tokens per episode went from 60 to 400: lower --max-new-tokens"),
-    ({"rollout/agent_tokens": 5.0}, "tokens per episode went from 60 to 5: lower --actor-lr"),
-    ({"loss/approx_kl": 0.5}, "the size of updates went from 0.01 to 0.5"),
-    ({"rollout/explained_variance": -0.5}, "the critic is worse than a constant: raise --critic-only-steps"),
-    ({}, "nothing else stands out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"loss/entropy": 0.01}, "entropy went from 0.3 to 0.01: raise --entropy-weight"),
+        ({"loss/entropy": 3.0}, "entropy went from 0.3 to 3: lower --actor-lr"),
+        ({"rollout/kl_student_guide": 2.0}, "KL to the guide went from 0.1 to 2: raise --beta"),
+        (
+            {"rollout/agent_tokens": 400.0},
+            "tokens per episode went from 60 to 400: lower --max-new-tokens",
+        ),
+        ({"rollout/agent_tokens": 5.0}, "tokens per episode went from 60 to 5: lower --actor-lr"),
+        ({"loss/approx_kl": 0.5}, "the size of updates went from 0.01 to 0.5"),
+        (
+            {"rollout/explained_variance": -0.5},
+            "the critic is worse than a constant: raise --critic-only-steps",
+        ),
+        ({}, "nothing else stands out"),
+    ],
+)
 def test_the_message_names_what_changed_and_what_to_turn(change, text):
     assert text in signs_of_collapse([*RISING, *[row(0.1, **change)] * WINDOW], EPISODES)
 
@@ -89,7 +111,7 @@ def test_steps_that_trained_the_critic_alone_say_nothing_of_the_actor():
 def test_answers_to_one_question_that_agree_are_no_collapse():
     draw = random.Random(1)
     for _ in range(30):
-        rows = [row(sum(draw.random() < 0.1 for _ in range(25)) / 25) for _ in range(80)]  # groups of 5, all alike
+        rows = [row(share(draw, 0.1, 25)) for _ in range(80)]  # groups of 5, all alike
         assert all(signs_of_collapse(rows[:n], 25) == "" for n in range(10, 81, 5))
 
 
@@ -104,16 +126,18 @@ def test_a_run_that_collapses_leaves_its_best_weights(mini, tmp_path, monkeypatc
         return real(self, step, metrics, **others)
 
     monkeypatch.setattr(Run, "log", scripted)
-    flags = ["--phase", "dgpo", "--steps", "32", "--eval-every", "4", "--save-every", "4" if saves else "0"]
-    with pytest.raises(Collapse, match="collapse after step 15: the score fell from 0.900") as caught:
+    flags = ["--phase", "dgpo", "--steps", "32", "--eval-every", "4"]
+    flags += ["--save-every", "4" if saves else "0"]
+    message = "collapse after step 15: the score fell from 0.900"
+    with pytest.raises(Collapse, match=message) as caught:
         run(mini, tmp_path / "run", *flags)
     if not saves:
         assert "holds the last weights" in str(caught.value)
         return
     assert "holds the weights of step 8" in str(caught.value)
-    best = load_file(next(f for f in states(tmp_path / "run") if f.name == "step_000008") / "actor.safetensors")
+    best = load_file(tmp_path / "run" / "state" / "step_000008" / "actor.safetensors")
     left = load_file(tmp_path / "run" / "model.safetensors")
     assert left and all((left[key] == best[key]).all() for key in left.keys() & best.keys())
-    with pytest.raises(Collapse, match="after step 15"):  # what was saved knows the steps before it
+    with pytest.raises(Collapse, match="after step 15"):  # a resumed run knows the steps before
         run(mini, tmp_path / "run", *flags, "--resume")
     assert len(run(mini, tmp_path / "on", *flags, "--steps", "16", "--no-stop-on-collapse")) == 16

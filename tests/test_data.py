@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-from data import Question, build_messages, exact_match, f1, hit, load_questions, normalize_answer
-from retriever import Passage
+from data import (
+    Passage,
+    Question,
+    build_messages,
+    exact_match,
+    f1,
+    hit,
+    load_questions,
+    normalize_answer,
+)
+from world.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +79,13 @@ def test_every_row_is_kept_and_limit_takes_the_first(tmp_path):
         load_questions(path, limit=0)
 
 
+def test_keys_that_mean_nothing_to_the_core_are_kept_in_the_metadata(tmp_path):
+    rows = [row(metadata={"level": 3}, choices=["A", "B"], note="x"), row(level=2)]
+    first, second = load_questions(write_rows(tmp_path / "s.jsonl", rows))
+    assert first.metadata == {"level": 3, "choices": ["A", "B"], "note": "x"}
+    assert second.metadata == {"level": 2}
+
+
 def test_context_paragraphs_are_kept(tmp_path):
     context = [{"title": "T", "text": "t", "is_supporting": True}]
     (question,) = load_questions(write_rows(tmp_path / "s.jsonl", [row(context=context)]))
@@ -80,7 +95,9 @@ def test_context_paragraphs_are_kept(tmp_path):
 def test_foreign_text_is_read_and_what_no_tokenizer_takes_is_replaced(tmp_path):
     path = tmp_path / "s.jsonl"
     long = "\u00e9\x00\x1b<|im_end|>" * 10_000
-    lines = [b'\xef\xbb\xbf{"id": 0, "question": "\\ud800 \xff \xe2\x80\xa8", "golden_answers": ["x"]}']
+    lines = [
+        b'\xef\xbb\xbf{"id": 0, "question": "\\ud800 \xff \xe2\x80\xa8", "golden_answers": ["x"]}'
+    ]
     lines += [b"", json.dumps(row(1, long)).encode()]
     path.write_bytes(b"\r\n".join(lines))
     first, second = load_questions(path)
@@ -101,6 +118,8 @@ def test_foreign_text_is_read_and_what_no_tokenizer_takes_is_replaced(tmp_path):
         ('{"question": "q", "golden_answers": [1]}', r"s\.jsonl:2: got '\[1\]' for golden_answers"),
         ('{"question": "q", "golden_answers": ["x"], "prompt": "p"}', r"2: got 'p' for prompt"),
         ('{"question": "q", "golden_answers": ["x"], "dataset": 3}', r"2: got '3' for dataset"),
+        ('{"question": "q", "golden_answers": ["x"], "metadata": 3}', r"2: got '3' for metadata"),
+        ('{"question": "q", "golden_answers": ["x"], "context": [{"title": "t"}]}', r"for context"),
         ('{"question": "q", "reward_model": 3}', r"s\.jsonl:2: got 'None' for golden_answers"),
     ],
 )
@@ -140,11 +159,22 @@ def test_short_and_file_prompts(tmp_path):
     assert message["content"] == '{"a": 1} Q: who?\n'
 
 
+def test_an_instruction_follows_the_question_after_one_blank():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    question = Question("q", "who?", ("x",), "nq", messages, instruction="Use #64.")
+    assert build_messages(question, "short") == [{"role": "user", "content": "who? Use #64."}]
+    (message,) = build_messages(question, "paper")
+    assert message["content"].endswith("Question: who? Use #64.")
+    asked = build_messages(question, "row")
+    assert asked == [messages[0], {"role": "user", "content": "u Use #64."}]
+    assert messages[1]["content"] == "u"  # the row's own prompt is not changed
+
+
 def test_a_prompt_that_cannot_be_used_is_an_error(tmp_path):
     question = Question("nq_1", "who?", ("x",), "nq")
     with pytest.raises(ValueError, match="nq_1: got a row without prompt"):
         build_messages(question, "row")
-    with pytest.raises(FileNotFoundError, match="got 'papr', expected paper, qagent, short, row"):
+    with pytest.raises(FileNotFoundError, match="got 'papr', expected paper, short, row"):
         build_messages(question, "papr")
     (tmp_path / "p.txt").write_text("Q")
     with pytest.raises(ValueError, match="got no {question}"):
@@ -168,7 +198,10 @@ def test_the_example_of_the_prompt_is_no_answer():
         ("the.rapist", "therapist"),  # before articles are
         ("Theatre", "theatre"),
         ("A", ""),
-        ("caf\u00e9 \u2013 \u4e2d\u6587", "caf\u00e9 \u2013 \u4e2d\u6587"),  # ASCII punctuation only
+        (
+            "caf\u00e9 \u2013 \u4e2d\u6587",
+            "caf\u00e9 \u2013 \u4e2d\u6587",
+        ),  # ASCII punctuation only
         ("a\tb\u00a0\nc", "b c"),
     ],
 )
@@ -182,6 +215,13 @@ def test_normalising_survives_any_text_and_an_answer_equals_itself(text):
     assert normalize_answer(text) == " ".join(normalize_answer(text).split())
 
 
+def test_a_question_is_matched_by_exact_match_unless_it_says_otherwise():
+    question = Question("q", "who?", ("The Beatles",), "nq")
+    assert question.match("beatles", question.golden_answers) == 1.0
+    other = Question("q", "who?", ("x",), "nq", match=lambda answer, golds: 0.5)
+    assert other.match("beatles", other.golden_answers) == 0.5
+
+
 def test_exact_match_is_with_any_gold_answer():
     assert exact_match("the Beatles!", ["Queen", "Beatles"]) == 1.0
     assert exact_match("Beatles band", ["Beatles"]) == 0.0
@@ -191,6 +231,8 @@ def test_exact_match_is_with_any_gold_answer():
 def test_f1_counts_shared_words_and_takes_the_best_gold_answer():
     # 2 shared of 3 predicted and 2 gold words: precision 2/3, recall 1
     assert f1("John Fitzgerald Kennedy", ["x", "John Kennedy"]) == pytest.approx(0.8)
+    assert f1("John Fitzgerald Kennedy", ["x", "John Kennedy", "y"]) == pytest.approx(0.8)
+    assert f1("John Fitzgerald Kennedy", ["John Kennedy", "John"]) == pytest.approx(0.8)
     assert f1("ha ha", ["ha"]) == pytest.approx(2 / 3)  # a word counts as often as both have it
     assert f1(None, ["x"]) == f1("y", ["x"]) == f1("", ["x"]) == 0.0
     assert f1("the", ["a"]) == 1.0
@@ -222,7 +264,7 @@ def flashrag(folder: Path) -> Path:
 
 def test_prepare_writes_the_training_mix_and_seven_tests_by_the_split_rule(tmp_path, capsys):
     out = tmp_path / "out"
-    data.prepare(flashrag(tmp_path / "in"), out)
+    prepare(flashrag(tmp_path / "in"), out)
     sizes = {file.stem: len(load_questions(file)) for file in out.iterdir()}
     assert sizes == {
         "train": 5, "nq": 2, "triviaqa": 2, "popqa": 2, "hotpotqa": 4, "2wikimultihopqa": 1,
@@ -241,7 +283,15 @@ def test_prepare_writes_the_training_mix_and_seven_tests_by_the_split_rule(tmp_p
 def test_prepare_names_missing_sets_and_writes_nothing(tmp_path):
     source = flashrag(tmp_path / "in")
     (source / "bamboogle" / "train.jsonl").unlink()
-    command = [sys.executable, "data.py", "prepare", "--flashrag", source, "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "data.py",
+        "prepare",
+        "--flashrag",
+        source,
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "bamboogle" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -252,6 +302,6 @@ def test_prepare_stopped_by_a_bad_row_leaves_no_half_file(tmp_path):
     with (source / "popqa" / "test.jsonl").open("a") as file:
         file.write("{\n")
     with pytest.raises(ValueError, match=r"popqa/test\.jsonl:3"):
-        data.prepare(source, tmp_path / "out")
+        prepare(source, tmp_path / "out")
     assert not (tmp_path / "out" / "popqa.jsonl").exists()
     assert (tmp_path / "out" / "nq.jsonl").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dgpo
+from baselines import TaidState, distillm_author, distillm_share, taid_update
 
 FP32 = 1e-6  # results of a few fp32 operations on numbers near 1
 FP64 = 1e-12
@@ -41,7 +42,9 @@ def test_eq1_gradient_of_the_kl_is_student_minus_teacher_probabilities():
         4, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(1), requires_grad=True
     )
     teacher = torch.randn(4, 7, generator=torch.Generator().manual_seed(2))
-    loss, _ = dgpo.kd_loss(student, teacher, torch.zeros(4, dtype=torch.long), ce_weight=0.0, kl_weight=1.0)
+    loss, _ = dgpo.kd_loss(
+        student, teacher, torch.zeros(4, dtype=torch.long), ce_weight=0.0, kl_weight=1.0
+    )
     loss.sum().backward()
     torch.testing.assert_close(
         student.grad, student.detach().softmax(-1) - teacher.softmax(-1), atol=FP32, rtol=0
@@ -67,8 +70,10 @@ BY_DEFINITION = {  # of the student's p and the teacher's q; r is TAID's target
     "reverse": lambda p, q, r: p * (p / q).log(),
     "skew": lambda p, q, r: q * (q / (MIX * q + (1 - MIX) * p)).log(),
     "skew_reverse": lambda p, q, r: p * (p / (MIX * p + (1 - MIX) * q)).log(),
-    "jsd": lambda p, q, r: MIX * q * (q / (MIX * q + (1 - MIX) * p)).log()
-    + (1 - MIX) * p * (p / (MIX * q + (1 - MIX) * p)).log(),
+    "jsd": lambda p, q, r: (
+        MIX * q * (q / (MIX * q + (1 - MIX) * p)).log()
+        + (1 - MIX) * p * (p / (MIX * q + (1 - MIX) * p)).log()
+    ),
     "taid": lambda p, q, r: r * (r / p).log(),
 }
 
@@ -76,7 +81,9 @@ BY_DEFINITION = {  # of the student's p and the teacher's q; r is TAID's target
 @pytest.mark.parametrize("kind", dgpo.DIVERGENCES)
 def test_divergences_and_their_gradients_equal_their_definitions_in_float64(kind):
     generator = torch.Generator().manual_seed(6)
-    student, teacher = (3 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, teacher = (
+        3 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     exact, leaf = student.clone().requires_grad_(), student.float().requires_grad_()
     target = ((1 - MIX) * student + MIX * teacher).softmax(-1)
     expected = BY_DEFINITION[kind](exact.softmax(-1), teacher.softmax(-1), target).sum(-1)
@@ -89,7 +96,10 @@ def test_divergences_and_their_gradients_equal_their_definitions_in_float64(kind
 
 def test_divergences_meet_at_their_limits():
     generator = torch.Generator().manual_seed(7)
-    student, teacher = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    student, teacher = (
+        torch.randn(4, 6, generator=generator),
+        torch.randn(4, 6, generator=generator),
+    )
 
     def of(kind, mix=0.1, a=student, b=teacher):
         return dgpo.divergence(a.log_softmax(-1), b.log_softmax(-1), kind=kind, mix=mix)
@@ -98,8 +108,12 @@ def test_divergences_meet_at_their_limits():
     for mix, accuracy in ((0.0, {"atol": 0, "rtol": 0}), (1e-6, close)):
         torch.testing.assert_close(of("skew", mix), of("forward"), **accuracy)
         torch.testing.assert_close(of("skew_reverse", mix), of("reverse"), **accuracy)
-    torch.testing.assert_close(of("jsd", 0.5), of("jsd", 0.5, teacher, student), **close)  # symmetric at 1/2
-    torch.testing.assert_close(of("jsd", 1e-3) / 1e-3, of("forward"), atol=0, rtol=1e-2)  # GKD: JSD / beta -> KL
+    torch.testing.assert_close(
+        of("jsd", 0.5), of("jsd", 0.5, teacher, student), **close
+    )  # symmetric at 1/2
+    torch.testing.assert_close(
+        of("jsd", 1e-3) / 1e-3, of("forward"), atol=0, rtol=1e-2
+    )  # GKD: JSD / beta -> KL
     torch.testing.assert_close(of("taid", 1.0), of("forward"), **close)
     leaf = student.clone().requires_grad_()
     of("taid", 0.0, leaf).sum().backward()
@@ -146,14 +160,20 @@ def test_eq4_where_selects_the_guided_episodes(where, guided):
 def test_eq4_refuses_an_unknown_rule_and_survives_an_episode_without_a_response():
     empty = torch.zeros(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="expected one of wrong, all, none"):
-        dgpo.kl_rewards(torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0, where="right")
-    assert (dgpo.kl_rewards(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0) == 0).all()
+        dgpo.kl_rewards(
+            torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0, where="right"
+        )
+    assert (
+        dgpo.kl_rewards(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3), empty, beta=1.0) == 0
+    ).all()
 
 
 def test_k1_summed_over_tokens_is_the_kl_of_whole_sequences_by_exact_enumeration():
     generator = torch.Generator().manual_seed(6)
     first, first_guide = torch.randn(2, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
-    second, second_guide = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    second, second_guide = torch.randn(
+        2, 3, 3, generator=generator, dtype=torch.float64
+    ).log_softmax(-1)
     joint, joint_guide = first[:, None] + second, first_guide[:, None] + second_guide  # [3, 3]
     exact = (joint.exp() * (joint - joint_guide)).sum()
     estimate = torch.zeros((), dtype=torch.float64)
@@ -183,7 +203,9 @@ def test_gae_by_hand():
     a0 = d0 + 0.45 * a2
     advantages, returns = dgpo.gae(rewards, values, mask, gamma=0.9, gae_lambda=0.5)
     torch.testing.assert_close(advantages, torch.tensor([[a0, 0.0, a2, d3]]), atol=FP32, rtol=0)
-    torch.testing.assert_close(returns, torch.tensor([[a0 + 0.5, 0.0, a2 + 0.4, 1.0]]), atol=FP32, rtol=0)
+    torch.testing.assert_close(
+        returns, torch.tensor([[a0 + 0.5, 0.0, a2 + 0.4, 1.0]]), atol=FP32, rtol=0
+    )
 
 
 def test_gae_at_gamma_and_lambda_one_is_reward_to_go_minus_value_for_any_mask():
@@ -222,11 +244,18 @@ def test_whitening_shares_with_common_moments_equals_whitening_the_whole():
     mask = random_masks(seed=13)
     x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(14))
     stats = dgpo.Moments(
-        *(a + b for a, b in zip(dgpo.moments(x[:5], mask[:5]), dgpo.moments(x[5:], mask[5:]), strict=True))
+        *(
+            a + b
+            for a, b in zip(
+                dgpo.moments(x[:5], mask[:5]), dgpo.moments(x[5:], mask[5:]), strict=True
+            )
+        )
     )
     whole = dgpo.whiten(x, mask)
     torch.testing.assert_close(
-        torch.cat([dgpo.whiten(x[:5], mask[:5], stats=stats), dgpo.whiten(x[5:], mask[5:], stats=stats)]),
+        torch.cat(
+            [dgpo.whiten(x[:5], mask[:5], stats=stats), dgpo.whiten(x[5:], mask[5:], stats=stats)]
+        ),
         whole,
         atol=FP32,
         rtol=0,
@@ -253,7 +282,11 @@ def test_whitening_survives_one_token_and_none():
 def test_eq2_clip_table(log_ratio, advantage, expected, is_clipped):
     mask = torch.ones(1, 1, dtype=torch.bool)
     result = dgpo.policy_loss(
-        torch.full((1, 1), log_ratio), torch.zeros(1, 1), torch.full((1, 1), advantage), mask, clip_eps=0.2
+        torch.full((1, 1), log_ratio),
+        torch.zeros(1, 1),
+        torch.full((1, 1), advantage),
+        mask,
+        clip_eps=0.2,
     )
     assert result.loss.item() == pytest.approx(expected, abs=FP32)
     assert result.clip_frac.item() == is_clipped
@@ -324,17 +357,51 @@ def test_value_loss_by_hand(value, old, target, expected, is_clipped):
 
 
 def test_one_ppo_step_on_a_two_token_toy_matches_the_gradient_by_hand():
-    # One state, two tokens, sampled token 0 with advantage 2: d loss / d z = -2 (1[y] - p) at ratio 1.
+    # One state, two tokens, token 0 sampled, advantage 2: d loss / d z = -2 (1[y] - p) at ratio 1.
     z = torch.tensor([[0.3, -0.2]], requires_grad=True)
     logprobs = z.log_softmax(-1)[:, :1]
     mask = torch.ones(1, 1, dtype=torch.bool)
-    dgpo.policy_loss(logprobs, logprobs.detach(), torch.full((1, 1), 2.0), mask, clip_eps=0.2).loss.backward()
+    dgpo.policy_loss(
+        logprobs, logprobs.detach(), torch.full((1, 1), 2.0), mask, clip_eps=0.2
+    ).loss.backward()
     p0 = 1 / (1 + math.exp(-0.5))
-    torch.testing.assert_close(z.grad, torch.tensor([[-2 * (1 - p0), 2 * (1 - p0)]]), atol=FP32, rtol=0)
+    torch.testing.assert_close(
+        z.grad, torch.tensor([[-2 * (1 - p0), 2 * (1 - p0)]]), atol=FP32, rtol=0
+    )
 
 
 def test_wrong_means_a_score_below_a_tenth():
-    assert dgpo.wrong_episodes(torch.tensor([0.0, 0.05, 0.1, 1.0])).tolist() == [True, True, False, False]
+    scores = torch.tensor([0.0, 0.05, 0.1, 1.0])
+    assert dgpo.guided_episodes(scores, "wrong").tolist() == [True, True, False, False]
+    higher = dgpo.guided_episodes(scores, "wrong", threshold=0.5)
+    assert higher.tolist() == [True, True, True, False]
+    assert dgpo.guided_episodes(scores, "all").all()
+    assert not dgpo.guided_episodes(scores, "none").any()
+
+
+def test_kl_penalty_is_k3_of_the_guided_tokens_and_adds_to_the_loss():
+    """E[k3] is KL(pi || pi_g); tokens without a guide cost nothing."""
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    guide = torch.tensor([-1.5, float("nan"), -0.5])
+    zeros, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    penalty = 0.1 * dgpo.kl_penalty(logprobs, guide, mask)
+    result = dgpo.policy_loss(
+        logprobs, logprobs.detach(), zeros, mask, clip_eps=0.2, penalty=penalty
+    )
+    gap = -0.5  # log pi_g - log pi of the first token
+    assert result.loss.item() == pytest.approx(0.1 * (math.exp(gap) - gap - 1), abs=FP32)
+    result.loss.backward()
+    expected = [0.1 * (1 - math.exp(gap)), 0.0, 0.0]
+    assert logprobs.grad.tolist() == pytest.approx(expected, abs=FP32)
+
+
+def test_terms_weighted_by_hand_give_a_mean_of_means():
+    zeros, mask = torch.zeros(5), torch.ones(5, dtype=torch.bool)
+    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -2.0])
+    result = dgpo.policy_loss(zeros, zeros, advantages, mask, clip_eps=0.2)
+    assert result.loss.item() == pytest.approx(-2.0)
+    weights = torch.tensor([1 / 4] * 4 + [1.0])
+    assert (weights * result.terms).sum().item() == pytest.approx(-1.0 + 2.0)
 
 
 # ---- baselines ----
@@ -343,10 +410,10 @@ TAID = {"start": 0.4, "end": 1.0, "beta": 0.99}
 
 
 def taid_path(num: int, alpha: float, losses=lambda n: 1.0) -> list[float]:
-    state, path = dgpo.Taid(TAID["start"]), []
+    state, path = TaidState(TAID["start"]), []
     for n in range(num):
         path.append(state.t)
-        state = dgpo.taid_update(state, losses(n), progress=(n + 1) / num, alpha=alpha, **TAID)
+        state = taid_update(state, losses(n), progress=(n + 1) / num, alpha=alpha, **TAID)
     return [*path, state.t]
 
 
@@ -359,31 +426,44 @@ def test_taid_runs_ahead_of_the_line_with_a_large_alpha_and_ends_at_the_teacher(
     path = taid_path(100, alpha=0.2)
     assert all(a <= b for a, b in zip(path, path[1:], strict=False)) and path[-1] == 1.0
     assert path[50] > 0.4 + 0.6 * 0.5 + 0.2
-    falling = taid_path(100, alpha=0.05, losses=lambda n: 0.9**n)  # a falling loss: faster than a rising one
+    falling = taid_path(
+        100, alpha=0.05, losses=lambda n: 0.9**n
+    )  # a falling loss: faster than a rising one
     rising = taid_path(100, alpha=0.05, losses=lambda n: 1.1**n)
     assert falling[50] > rising[50]
 
 
 def test_taid_update_by_hand():
-    state = dgpo.taid_update(dgpo.Taid(0.5, 0.1, 2.0), 1.5, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    state = taid_update(
+        TaidState(0.5, 0.1, 2.0), 1.5, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9
+    )
     momentum = 0.9 * 0.1 + 0.1 * 0.25  # the loss fell by a quarter
     assert state.momentum == pytest.approx(momentum) and state.loss == 1.5
     assert state.t == pytest.approx(0.5 + 0.1 * 0.5 / (1 + math.exp(-momentum)))
-    steep = dgpo.taid_update(dgpo.Taid(0.4, 0.0, 1e-9), 5.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    steep = taid_update(
+        TaidState(0.4, 0.0, 1e-9), 5.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9
+    )
     assert steep.t == 0.4  # a loss that explodes takes no step, and breaks nothing
-    none = dgpo.taid_update(dgpo.Taid(0.0, 0.2, 0.0), 5.0, progress=0.0, start=0.0, end=1.0, alpha=0.1, beta=0.9)
+    none = taid_update(
+        TaidState(0.0, 0.2, 0.0), 5.0, progress=0.0, start=0.0, end=1.0, alpha=0.1, beta=0.9
+    )
     assert none.t == 0.0  # nothing to compare with: target and student were one
-    first = dgpo.taid_update(dgpo.Taid(0.4), 3.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
-    assert first == dgpo.Taid(0.4, 0.0, 3.0)  # nothing to compare with: the line alone
+    first = taid_update(TaidState(0.4), 3.0, progress=0.0, start=0.4, end=1.0, alpha=0.1, beta=0.9)
+    assert first == TaidState(0.4, 0.0, 3.0)  # nothing to compare with: the line alone
 
 
 def test_distillm_lets_the_student_write_more_once_the_loss_rises_over_its_reference():
-    share, reference = dgpo.distillm_share(0.0, 2.0, None, tolerance=0.1)
+    share, reference = distillm_share(0.0, 2.0, None, tolerance=0.1)
     assert (share, reference) == (0.0, 2.0)
-    for loss, expected in [(1.5, (0.0, 2.0)), (2.05, (0.0, 2.0)), (2.1, (0.1, 2.1)), (2.15, (0.1, 2.1))]:
-        share, reference = dgpo.distillm_share(share, loss, reference, tolerance=0.1)
+    for loss, expected in [
+        (1.5, (0.0, 2.0)),
+        (2.05, (0.0, 2.0)),
+        (2.1, (0.1, 2.1)),
+        (2.15, (0.1, 2.1)),
+    ]:
+        share, reference = distillm_share(share, loss, reference, tolerance=0.1)
         assert (share, reference) == pytest.approx(expected)
-    assert dgpo.distillm_share(0.95, 9.0, 1.0, tolerance=0.0) == (1.0, 9.0)
+    assert distillm_share(0.95, 9.0, 1.0, tolerance=0.0) == (1.0, 9.0)
 
 
 @pytest.mark.parametrize(
@@ -391,14 +471,16 @@ def test_distillm_lets_the_student_write_more_once_the_loss_rises_over_its_refer
     [
         (0.0, 0.0, 0.0, False, "teacher"),
         (0.3, 0.5, 0.2, True, "student"),  # 0.3 < 0.5 * 0.8
-        (0.45, 0.5, 0.2, True, "student before"),
+        (0.45, 0.5, 0.2, True, "replay"),
         (0.45, 0.5, 0.2, False, "student"),  # there is not enough to draw from yet
-        (0.1, 0.5, 1.0, True, "student before"),
+        (0.1, 0.5, 1.0, True, "replay"),
         (0.6, 0.5, 0.0, False, "teacher"),
     ],
 )
-def test_distillm_draws_new_outputs_then_old_ones_then_the_teachers(u, share, progress, is_full, author):
-    assert dgpo.distillm_author(u, share, progress=progress, is_buffer_full=is_full) == author
+def test_distillm_draws_new_outputs_then_old_ones_then_the_teachers(
+    u, share, progress, is_full, author
+):
+    assert distillm_author(u, share, progress=progress, is_buffer_full=is_full) == author
 
 
 def test_group_advantages_by_hand():
@@ -414,12 +496,20 @@ def test_group_advantages_by_hand():
 def test_group_advantages_count_the_penalties_of_the_mask_alone_and_refuse_broken_groups():
     rewards, mask = torch.rand(6, 5), random_masks(6, 5)
     elsewhere = torch.where(mask, rewards, torch.nan)
-    torch.testing.assert_close(dgpo.group_advantages(elsewhere, mask, 3), dgpo.group_advantages(rewards, mask, 3))
-    per_episode = torch.stack([row[m][0] for row, m in zip(dgpo.group_advantages(rewards, mask, 3), mask, strict=True)])
+    torch.testing.assert_close(
+        dgpo.group_advantages(elsewhere, mask, 3), dgpo.group_advantages(rewards, mask, 3)
+    )
+    per_episode = torch.stack(
+        [row[m][0] for row, m in zip(dgpo.group_advantages(rewards, mask, 3), mask, strict=True)]
+    )
     torch.testing.assert_close(per_episode.view(2, 3).sum(1), torch.zeros(2), atol=1e-5, rtol=0)
-    failed = torch.tensor([[True, True], [True, True], [False, False], [False, False], [True, True], [False, False]])
+    failed = torch.tensor(
+        [[True, True], [True, True], [False, False], [False, False], [True, True], [False, False]]
+    )
     given = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None] * torch.tensor([0.0, 1.0])
-    assert dgpo.group_advantages(given, failed, 3).abs().max() == 0  # a failed search is no wrong answer
+    assert (
+        dgpo.group_advantages(given, failed, 3).abs().max() == 0
+    )  # a failed search is no wrong answer
     for size in (1, 4):
-        with pytest.raises(ValueError, match="whole groups"):
+        with pytest.raises(ValueError, match="complete groups"):
             dgpo.group_advantages(rewards, mask, size)

@@ -5,41 +5,40 @@ Run: python -m pytest tests/test_eval.py
 
 import csv
 import json
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_rollout import ScriptedDecoder, tokenizer  # noqa: F401
-from test_train import mini  # noqa: F401
 
 import eval as evaluation
-from data import TEST_SETS, Question
+from data import TEST_SETS, Passage, Question
 from episode import Episode, Segment
-from retriever import Passage
-from rollout import Policy, RolloutSettings
+from model import Tokenizer
+from rollout import RolloutSettings
+from tests.support.scripted import scripted_policy
 
 POLICY = SimpleNamespace()
 INTERVAL_TOLERANCE = 0.002  # Monte Carlo error of 10,000 resamples
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def scripted(policy, retriever, questions, settings, *, seed, first_episode=0, progress=""):
+
+def scripted(policy, retriever, questions, settings, *, seed, progress=""):
     """Answers question i of a set rightly where i is even; a search finds the gold answer."""
     episodes = []
-    for i, q in enumerate(questions):
-        answer = q.golden_answers[0] if i % 2 == 0 else "gold and more"
-        found = [[Passage("p", "A title", f"It says {q.golden_answers[0].upper()}.", 1.0)]] * (
-            i % 3 == 0
-        )
+    for i, question in enumerate(questions):
+        gold = question.golden_answers[0]
+        searches = [[Passage("p", "A title", f"It says {gold.upper()}.", 1.0)]] * (i % 3 == 0)
         segments = [
             Segment("prompt", [1, 2]),
             Segment("agent", [3] * (i + 1)),
             Segment("environment", [4] * 9),
         ]
-        status = "answered" if i != 1 else "invalid"
-        episodes.append(
-            Episode(q, segments, status, answer if i != 1 else None, ["q"] * len(found), found)
-        )
+        status = "invalid" if i == 1 else "answered"
+        answer = {1: None}.get(i, gold if i % 2 == 0 else "gold and more")
+        queries = ["q"] * len(searches)
+        episodes.append(Episode(question, segments, status, answer, queries, searches))
     return episodes
 
 
@@ -62,10 +61,8 @@ def test_every_row_is_evaluated_whatever_the_batch(sets):
     assert [(row["set"], row["id"]) for row in result["scores"]] == [
         (name, q.id) for name, questions in sets.items() for q in questions
     ]
-    assert {name: values["n"] for name, values in result["sets"].items()} == {
-        "nq": 6,
-        "bamboogle": 3,
-    }
+    counts = {name: values["n"] for name, values in result["sets"].items()}
+    assert counts == {"nq": 6, "bamboogle": 3}
 
 
 def test_measures_come_from_the_episode(sets):
@@ -108,21 +105,20 @@ def result(name: str, **em: float) -> dict:
 def test_the_table_has_the_papers_columns():
     shuffled = dict.fromkeys(sorted(TEST_SETS), 0.25)
     lines = evaluation.table([result("student", **shuffled), result("KD", **shuffled)]).splitlines()
-    assert lines[0].split() == [
-        "NQ",
-        "TriviaQA",
-        "PopQA",
-        "HotpotQA",
-        "2wiki",
-        "MuSiQue",
-        "Bamboogle",
-        "Avg.",
-    ]
+    columns = "NQ TriviaQA PopQA HotpotQA 2wiki MuSiQue Bamboogle Avg."
+    assert lines[0].split() == columns.split()
     assert [line.split() for line in lines[2:]] == [
         ["student"] + ["0.250"] * 8,
         ["KD"] + ["0.250"] * 8,
     ]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_several_seeds_of_a_name_are_a_mean_and_a_sample_deviation():
+    rows = evaluation.table([result("a", nq=0.1), result("a", nq=0.3), result("b", nq=0.2)])
+    seeds, single = (row.split() for row in rows.splitlines()[2:])
+    assert seeds == ["a", "0.200", "0.200", "\u00b10.141"]  # sqrt(2) 0.1: divided by n - 1
+    assert single == ["b", "0.200", "0.200"]  # of one seed nothing is known
 
 
 def test_a_missing_set_shows_and_marks_the_average():
@@ -153,11 +149,10 @@ def test_the_bootstrap_is_the_naive_one():
 
 
 def test_a_constant_difference_has_no_width_and_keeps_its_sign():
-    found = evaluation.bootstrap({"nq": np.full(10, 1.0), "popqa": np.full(30, -0.5)})
-    assert found["nq"] == (1.0, 1.0, 1.0) and found["popqa"] == (-0.5, -0.5, -0.5)
-    assert found["average"] == pytest.approx((0.25,) * 3) and found["all"] == pytest.approx(
-        (-0.125,) * 3
-    )
+    intervals = evaluation.bootstrap({"nq": np.full(10, 1.0), "popqa": np.full(30, -0.5)})
+    assert intervals["nq"] == (1.0, 1.0, 1.0) and intervals["popqa"] == (-0.5, -0.5, -0.5)
+    assert intervals["average"] == pytest.approx((0.25,) * 3)
+    assert intervals["all"] == pytest.approx((-0.125,) * 3)
 
 
 def test_the_bootstrap_pairs():
@@ -171,9 +166,8 @@ def test_the_bootstrap_pairs():
 
 
 def test_the_bootstrap_is_the_same_every_time():
-    values = {
-        "nq": np.random.default_rng(0).normal(size=99)
-    }  # all distinct: an interval reveals its seed
+    # All values are distinct, so an interval reveals its seed.
+    values = {"nq": np.random.default_rng(0).normal(size=99)}
     assert evaluation.bootstrap(values) == evaluation.bootstrap(values)
     assert evaluation.bootstrap(values) != evaluation.bootstrap(values, seed=1)
 
@@ -187,9 +181,7 @@ def scores(path, em: dict[str, float]):
 
 def test_compare_averages_seeds_before_it_pairs(tmp_path, capsys):
     a0 = scores(tmp_path / "a0" / "result.json", {"q0": 1, "q1": 0})
-    a1 = scores(
-        tmp_path / "a1" / "result.json", {"q1": 1, "q0": 1}
-    )  # order of rows does not matter
+    a1 = scores(tmp_path / "a1" / "result.json", {"q1": 1, "q0": 1})  # rows in another order
     b = scores(tmp_path / "b" / "result.json", {"q0": 0, "q1": 0})
     mean, low, high = evaluation.compare([a0, a1], [b])["all"]
     assert (mean, low, high) == (0.75, 0.5, 1.0)
@@ -221,89 +213,44 @@ def test_question_files_are_sorted_into_sets_and_doubles_are_refused(tmp_path):
         evaluation.read_sets([files[0], files[0]], None)
 
 
+def test_a_row_that_asks_for_another_comparison_of_answers_is_refused_by_name(tmp_path):
+    """Exact match would score "the answer is 42" as wrong without a word."""
+    row = {"id": "1", "question": "6 x 7", "golden_answers": ["42"], "answer_kind": "integer"}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="sums_1: got 'integer' for answer_kind"):
+        evaluation.read_sets([tmp_path / "sums.jsonl"], None)
+    assert evaluation.read_sets([tmp_path / "sums.jsonl"], None, ("text", "integer"))
+
+
+def test_presets_of_another_program_are_refused(capsys):
+    presets = [str(ROOT / "configs" / f"{name}.toml") for name in ("world", "qagent-world")]
+    with pytest.raises(SystemExit):
+        evaluation.main(["--config", *presets, "--model", "absent"])
+    assert "use qagent.py for its models" in capsys.readouterr().err
+
+
 def test_a_saved_result_is_complete(sets, tmp_path):
     evaluation.save_result(evaluate(sets), tmp_path)
     assert len((tmp_path / "result.jsonl").read_text().splitlines()) == 9
     rows = list(csv.DictReader((tmp_path / "result.csv").open()))
     assert [row["set"] for row in rows] == ["NQ", "Bamboogle", "Avg. of sets", "All questions"]
     assert float(rows[0]["em"]) == 0.5 and "Bamboogle" in (tmp_path / "result.txt").read_text()
-    assert evaluation.compare([tmp_path / "result.json"], [tmp_path / "result.json"])["all"] == (
-        0,
-        0,
-        0,
-    )
-
-
-def test_the_curve_is_drawn_from_metrics(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "dgpo").mkdir()
-    metrics = tmp_path / "dgpo" / "metrics.jsonl"
-    metrics.write_text(
-        "".join(
-            json.dumps(
-                {"step": s, "rollout/score": s / 9} | ({"eval/score": 0.5} if s == 4 else {})
-            )
-            + "\n"
-            for s in range(1, 9)
-        )
-    )
-    evaluation.main(["plot", str(metrics), "--out", str(tmp_path / "deep" / "curve.png")])
-    assert (tmp_path / "deep" / "curve.png").read_bytes()[:4] == b"\x89PNG"
-    metrics.write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match="no scores"):
-        evaluation.plot_curves([metrics], tmp_path / "none.png")
-
-
-def test_curves_draw_distillation_and_reinforcement_apart_and_seeds_in_one_colour(monkeypatch, tmp_path):
-    from matplotlib import figure
-
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
-    paths = []
-    for name, row in (("kd-0", {}), ("dgpo-0", {"rollout/score": 0.4}), ("dgpo-1", {"rollout/score": 0.6})):
-        paths.append(tmp_path / name / "metrics.jsonl")
-        paths[-1].parent.mkdir()
-        paths[-1].write_text(json.dumps({"step": 10, "eval/score": 0.5} | row) + "\n")
-    evaluation.plot_curves(paths, tmp_path / "curve.png")
-    left, right = drawn[0].axes
-    assert (left.get_title(), right.get_title()) == ("distillation", "reinforcement")
-    assert [len(left.lines), len(right.lines)] == [1, 4]
-    assert {line.get_color() for line in left.lines} != {line.get_color() for line in right.lines}
-    assert len({line.get_color() for line in right.lines}) == 1
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["dgpo"]
-
-
-def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        evaluation.plot_curves([tmp_path / "metrics.jsonl"], tmp_path / "curve.png")
+    same = [tmp_path / "result.json"]
+    assert evaluation.compare(same, same)["all"] == (0, 0, 0)
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature):  # noqa: F811
-    evaluation.main(
-        [
-            "--config",
-            str(mini / "mini.toml"),
-            "--model",
-            str(mini / "student"),
-            "--questions",
-            str(mini / "questions.jsonl"),
-            "--temperature",
-            temperature,
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            "--episodes",
-        ]
-    )
+def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature):
+    evaluation.main([
+        "--config", str(mini / "mini.toml"), "--model", str(mini / "student"),
+        "--questions", str(mini / "questions.jsonl"), "--temperature", temperature,
+        "--out", str(tmp_path), "--device", "cpu", "--episodes",
+    ])
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["all"]["n"] == 24 and saved["name"] == "student"
     # The preset's limits hold; how training samples does not reach evaluation.
-    assert saved["settings"]["max_turns"] == 2 and saved["settings"]["temperature"] == float(
-        temperature
-    )
+    assert saved["settings"]["max_turns"] == 2
+    assert saved["settings"]["temperature"] == float(temperature)
     assert sum(saved["all"][status] for status in evaluation.STATUSES) == pytest.approx(1)
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) == 24
     assert "questions" in capsys.readouterr().out
@@ -312,7 +259,7 @@ def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature)
 # ---- ARCap ----
 
 
-class Shelf(list):
+class Corpus(list):
     def passage(self, row: int, score: float) -> Passage:
         return self[row]
 
@@ -321,51 +268,57 @@ class Library:
     """A corpus of two passages; every search finds the second one."""
 
     def __init__(self) -> None:
-        self.passages = [Passage("0", "Alpha", "Alpha was born in Beta.", 1.0), Passage("1", "Beta", "In gold.", 1.0)]
-        self.corpus = Shelf(self.passages)
+        self.corpus = Corpus([
+            Passage("0", "Alpha", "Alpha was born in Beta.", 1.0),
+            Passage("1", "Beta", "In gold.", 1.0),
+        ])
         self.queries: list[str] = []
 
-    def search(self, queries, top_k):
+    def search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
         self.queries += queries
-        return [[self.passages[1]] for _ in queries]
+        return [[self.corpus[1]] for _ in queries]
 
 
 @pytest.fixture
-def arcap_of(tokenizer):  # noqa: F811
-    """ARCap of an agent that writes a fixed text; with the prompts that it read."""
+def arcap_of(tokenizer, monkeypatch):
+    """ARCap of an agent that writes a fixed text, and its episodes: plain, forced, thinking."""
 
-    def measure(text: str, questions: list[Question]):
-        decoder = ScriptedDecoder(tokenizer, {"who": tokenizer.encode(text)})
+    def measure_arcap(text: str, questions: list[Question], protocol: str = "search-r1"):
         library, kept = Library(), []
-        real = evaluation.generate
+        generate = evaluation.generate
 
-        def keep(*given, **options):
-            kept.append(real(*given, **options))
+        def keep(*arguments, **options):
+            kept.append(generate(*arguments, **options))
             return kept[-1]
 
-        evaluation.generate, before = keep, evaluation.generate
-        try:
-            rules = RolloutSettings(max_turns=1, max_new_tokens=60, max_obs_tokens=80, max_context_tokens=900,
-                                    temperature=0.0, top_k=1, prompt="short")
-            result = evaluation.arcap(Policy(decoder, tokenizer), library, {"nq": questions}, rules)
-        finally:
-            evaluation.generate = before
+        settings = RolloutSettings(
+            protocol=protocol, max_turns=1, max_new_tokens=60, max_obs_tokens=80,
+            max_context_tokens=900, temperature=0.0, top_k=1, prompt="short",
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "generate", keep)
+            policy = scripted_policy(tokenizer, {"who": text})
+            result = evaluation.arcap(policy, library, {"nq": questions}, settings)
         return result["nq"], kept, library
 
-    return measure
+    return measure_arcap
 
 
 HOPS = {"hops": [["Alpha", "birthplace"], ["Beta", "metal"]]}
 
 
-def test_arcap_shows_the_gold_passages_and_forces_the_answer(arcap_of, tokenizer):  # noqa: F811
+def test_arcap_shows_the_gold_passages_and_forces_the_answer(arcap_of, tokenizer: Tokenizer):
     question = Question("nq_0", "who?", ("gold",), "nq", metadata=HOPS)
     values, (plain, forced, thinking), library = arcap_of("gold </answer>", [question])
     text = tokenizer.decode(forced[0].ids, skip_special=False)
-    shown = text.index("<information>Doc 1(Title: \"Alpha\") Alpha was born in Beta.\nDoc 2(Title: \"Beta\") In gold.")
-    assert text[shown:].endswith("</information>\n\n<answer>gold </answer>")
+    shown = (
+        '<information>Doc 1(Title: "Alpha") Alpha was born in Beta.\n'
+        'Doc 2(Title: "Beta") In gold.</information>\n\n'
+    )
+    assert text.endswith(f"{shown}<answer>gold </answer>")
     assert [s.author for s in forced[0].segments] == ["prompt", "environment", "agent"]
-    assert forced[0].answer == "gold" and values["without_thinking"] == 1.0 and values["num_gold"] == 1
+    assert forced[0].answer == "gold"
+    assert values["without_thinking"] == 1.0 and values["num_gold"] == 1
     # The tag is the only word that is put into its mouth: without it the same text is no answer.
     assert thinking[0].answer is None and values["with_thinking"] == 0.0
     assert plain[0].answer is None and values["em"] == 0.0 and not library.queries
@@ -380,29 +333,61 @@ def test_arcap_lets_the_agent_think_and_search_after_the_gold_passages(arcap_of)
     assert values["first_hit"] == values["hit"] == values["searches"] == 1.0
 
 
-def test_arcap_takes_supporting_paragraphs_and_leaves_out_questions_without_gold(arcap_of, tokenizer):  # noqa: F811
-    context = [{"title": "Gamma", "text": "Of gold.", "is_supporting": True},
-               {"title": "Delta", "text": "Not so.", "is_supporting": False}]
-    questions = [Question("nq_0", "who?", ("gold",), "nq", context=context), Question("nq_1", "who?", ("x",), "nq")]
+def test_arcap_shows_gold_passages_as_the_protocol_does(arcap_of, tokenizer):
+    question = Question("nq_0", "who?", ("gold",), "nq", metadata=HOPS)
+    _, (_, forced, _), _ = arcap_of("gold </answer>", [question], "qagent.py:QAGENT")
+    assert "Passage #2 Beta\nPassage #2 In gold." in tokenizer.decode(forced[0].ids)
+
+
+def test_arcap_takes_supporting_paragraphs_and_leaves_out_questions_without_gold(
+    arcap_of, tokenizer
+):
+    context = [
+        {"title": "Gamma", "text": "Of gold.", "is_supporting": True},
+        {"title": "Delta", "text": "Not so.", "is_supporting": False},
+    ]
+    questions = [
+        Question("nq_0", "who?", ("gold",), "nq", context=context),
+        Question("nq_1", "who?", ("x",), "nq"),
+    ]
     values, (_, forced, _), _ = arcap_of("gold </answer>", questions)
     text = tokenizer.decode(forced[0].ids)
     assert "Gamma" in text and "Delta" not in text
     assert values["num_gold"] == 1 and values["n"] == 2 and len(forced) == 1
 
 
-def test_the_first_query_counts_apart_from_later_ones():
-    passages = [[Passage("1", "t", "nothing", 1.0)], [Passage("2", "t", "the gold", 1.0)]]
-    episode = Episode(Question("q", "q", ("gold",), "nq"), [Segment("agent", [1])], "answered", "gold", ["a", "b"],
-                      passages)
+@pytest.mark.parametrize(("texts", "hit", "first_hit"), [
+    (("nothing", "the gold"), 1.0, 0.0), (("the gold", "nothing"), 1.0, 1.0),
+    (("nothing", "nothing"), 0.0, 0.0), ((), 0.0, 0.0),
+])
+def test_any_search_can_hit_and_the_first_one_is_told_from_later_ones(texts, hit, first_hit):
+    searches = [[Passage(text, "t", text, 1.0)] for text in texts]
+    question = Question("q", "q", ("gold",), "nq")
+    episode = Episode(question, [Segment("agent", [1])], "answered", "gold", ["a"], searches)
     row = evaluation.score("nq", episode)
-    assert (row["hit"], row["first_hit"]) == (1.0, 0.0)
+    assert (row["hit"], row["first_hit"], row["searches"]) == (hit, first_hit, len(texts))
 
 
-def test_arcap_program_writes_a_table_that_prints_again(mini, tmp_path, capsys):  # noqa: F811
-    evaluation.main(["arcap", "--config", str(mini / "mini.toml"), "--model", str(mini / "student"), "--questions",
-                     str(mini / "questions.jsonl"), "--limit", "3", "--out", str(tmp_path)])
+def test_arcap_program_writes_a_table_that_prints_again(mini, tmp_path, capsys):
+    evaluation.main([
+        "arcap", "--config", str(mini / "mini.toml"), "--model", str(mini / "student"),
+        "--questions", str(mini / "questions.jsonl"), "--limit", "3", "--out", str(tmp_path),
+    ])
     capsys.readouterr()
     evaluation.main(["table", str(tmp_path / "arcap.json")])
     shown = capsys.readouterr().out
     assert "w/ thinking" in shown and "student" in shown
     assert "-" in shown.splitlines()[2]  # these questions name no gold passages
+
+
+def test_arcap_without_turns_that_search_is_refused(mini):
+    with pytest.raises(ValueError, match="arcap: got --max-turns 0"):
+        evaluation.main([
+            "arcap", "--config", str(mini / "mini.toml"), "--max-turns", "0",
+            "--questions", str(mini / "questions.jsonl"),
+        ])
+
+
+def test_the_program_says_which_commands_it_has():
+    with pytest.raises(SystemExit, match="got 'plot', expected arcap, table, compare, or flags"):
+        evaluation.main(["plot", "metrics.jsonl"])

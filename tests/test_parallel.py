@@ -1,9 +1,8 @@
-"""One, two and four processes: the same numbers, replicated or sharded; a dead or stuck one ends the job.
+"""One, two and four processes: the same numbers, replicated or sharded; a dead one ends the job.
 
 Run: python -m pytest tests/test_parallel.py
 """
 
-import json
 import os
 import shutil
 import signal
@@ -11,32 +10,46 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import METRIC_TOLERANCE, mini, run  # noqa: F401
 
-from checkpoint import states
+from batch import collate, pack
 from distil import distil_loss
-from episode import collate, load_episodes, micro_batches, pack
-from model import Critic, Tokenizer, load_decoder
-from parallel import end_processes, full, in_step, shard, start_processes, sum_over_processes, update
-from rollout import Policy
-from run import Run
+from episode import load_episodes
+from infra.checkpoint import states
+from infra.parallel import (
+    end_processes,
+    gather,
+    micro_batches,
+    shard,
+    start_processes,
+    sum_over_processes,
+    update,
+)
+from model import Critic
+from tests.support.mini import read_rows
+from tests.support.runs import METRIC_TOLERANCE, policies, run
 
 ROOT = Path(__file__).resolve().parent.parent
 GRADIENT_TOLERANCE = 1e-5  # of the largest entry; fp32 sums in another order
-JUMPY = {"loss/first_log_ratio", "loss/value_clip", "loss/clip_frac"}  # of one process; counts of what crosses a line
+# Of one process alone, or counts of what crosses a line.
+JUMPY = {"loss/first_log_ratio", "loss/value_clip", "loss/clip_frac"}
 MAX_END_S = 90  # until torchrun has ended a job with a dead or stuck process
 
 
 def torchrun(num_processes: int, *command: object, **options) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.Popen(list(map(str, [*launcher, *command])), env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(num_processes)]
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
@@ -45,27 +58,48 @@ def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
     return output
 
 
-def stored_batch(mini: Path, out: Path, is_sharded: bool) -> None:
-    """What a process does: one stored batch, loss and gradients of Eq. 1 and of a critic, from its own share."""
-    rank, num_processes, _ = start_processes("cpu", timeout_minutes=2)
-    student, teacher = (Policy(load_decoder(mini / n), Tokenizer.load(mini / n)) for n in ("student", "teacher"))
+def assert_same_metrics(some: list[dict], others: list[dict]) -> None:
+    """To rounding: sums over processes are taken in another order."""
+    for a, b in zip(some, others, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - JUMPY:
+            expected = pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE)
+            assert b[key] == expected, key
+
+
+# ---- one stored batch ----
+
+
+def shares(episodes: list, num_processes: int) -> list[list]:
+    """Shares of different sizes, so that the numbers of micro-batches differ, too."""
+    if num_processes == 1:
+        return [episodes]
+    rest = [episodes[1:][k :: num_processes - 1] for k in range(num_processes - 1)]
+    return [rest[0], episodes[:1], *rest[1:]]
+
+
+def stored_batch(mini: Path, rank: int, num_processes: int, *, is_sharded: bool) -> dict:
+    """Loss and gradients of Eq. 1 and of a critic, from this process's share of a stored batch."""
+    student, teacher = policies(mini)
     critic = Critic.from_decoder(student.decoder)
     torch.nn.init.constant_(critic.value_head.weight, 0.1)
     episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
-    # Shares of different size, one of them of a single episode: the numbers of micro-batches differ, too.
-    share = episodes if num_processes == 1 else episodes[:1] if rank == 1 else [
-        e for i, e in enumerate(episodes[1:]) if i % (num_processes - 1) == max(0, rank - 1)]
     if is_sharded:
-        for module in (student.decoder, critic, teacher.decoder):
-            shard(module)
+        shard(student.decoder, student.decoder.model.layers, "hidden")
+        shard(critic, critic.backbone.model.layers, "values")
+        shard(teacher.decoder, teacher.decoder.model.layers, "hidden")
     modules = {"student": student.decoder, "critic": critic}
-    before = {name: [full(p).clone() for p in module.parameters()] for name, module in modules.items()}
+    before = {
+        name: [gather(p).clone() for p in module.parameters()] for name, module in modules.items()
+    }
+    share = shares(episodes, num_processes)[rank]
     batch = collate(share, pad_id=student.tokenizer.pad_id)
     lengths, losses = batch.lengths(), torch.zeros(2)
-    for group in in_step(micro_batches(lengths, 300)):
+    for group in micro_batches(lengths, 300):
         packed = pack(batch, group, lengths)
         loss, _ = distil_loss(student, teacher, packed)
-        value_loss = critic.values(packed.ids, packed.documents)[packed.response_mask].square().sum()
+        values = critic.values(packed.ids, packed.documents)[packed.response_mask]
+        value_loss = values.square().sum()
         (loss / 100).backward()
         (value_loss / 100).backward()
         losses += torch.stack([loss.detach(), value_loss.detach()])
@@ -74,101 +108,128 @@ def stored_batch(mini: Path, out: Path, is_sharded: bool) -> None:
         parameters = list(module.parameters())
         norm = update(parameters, torch.optim.SGD(parameters, lr=1.0), 1.0, float("inf"))
         result[f"{name}/norm"] = torch.tensor(norm)
-        for (key, p), old in zip(module.named_parameters(), before[name], strict=True):
-            result[f"{name}/{key}"] = (old - full(p)).contiguous()
-    if rank == 0:
-        save_file(result, out)
+        for (key, parameter), old in zip(module.named_parameters(), before[name], strict=True):
+            result[f"{name}/{key}"] = (old - gather(parameter)).contiguous()
+    return result
+
+
+@pytest.fixture(scope="module")
+def stored(mini, tmp_path_factory) -> dict[tuple[int, str], dict]:
+    """Results by (number of processes, "replicated" or "sharded")."""
+    folder = tmp_path_factory.mktemp("stored")
+    running = [torchrun(number, __file__, mini, folder / str(number)) for number in (2, 4)]
+    one = stored_batch(mini, 0, 1, is_sharded=False)
+    for process in running:
+        finish(process)
+    results = {(1, "replicated"): one}
+    for number in (2, 4):
+        for kind in ("replicated", "sharded"):
+            results[number, kind] = load_file(folder / str(number) / f"{kind}.safetensors")
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["replicated", "sharded"])
-def test_one_stored_batch_gives_the_same_loss_and_gradients_on_any_number_of_processes(mini, tmp_path, is_sharded):
-    running = {n: torchrun(n, __file__, mini, tmp_path / f"{n}.safetensors", int(is_sharded)) for n in (1, 2, 4)}
-    for process in running.values():
-        finish(process)
-    one, *others = (load_file(tmp_path / f"{n}.safetensors") for n in running)
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_one_stored_batch_gives_the_same_loss_and_gradients_on_any_number_of_processes(
+    stored, kind
+):
+    one = stored[1, "replicated"]
     assert one["losses"].min() > 0 and one["critic/value_head.weight"].abs().max() > 0
-    for other in others:
+    for number in (2, 4):
+        other = stored[number, kind]
         assert other.keys() == one.keys()
         for key, expected in one.items():
-            assert (other[key] - expected).abs().max() <= GRADIENT_TOLERANCE * max(1, expected.abs().max()), key
+            limit = GRADIENT_TOLERANCE * max(1, expected.abs().max())
+            assert (other[key] - expected).abs().max() <= limit, (number, key)
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+# ---- runs ----
+
+
+@pytest.mark.parametrize("phase", ["kd", "dgpo"])
+def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
+    flags = ["--phase", phase, "--steps", "2", "--epochs", "0.67", "--eval-every", "0"]
+    command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", tmp_path / "two"]
+    two = torchrun(2, *command, *flags)
+    one = run(mini, tmp_path / "one", *flags)
+    finish(two)
+    assert len(one) == 2
+    assert_same_metrics(one, read_rows(tmp_path / "two" / "metrics.jsonl"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase, sharded", [("kd", "all"), ("dgpo", "all"), ("ppo", "student")])
+@pytest.mark.parametrize(("phase", "sharded"), [("kd", "all"), ("dgpo", "all"), ("ppo", "student")])
 def test_sharded_training_computes_what_one_process_computes_and_another_number_continues(
     mini, tmp_path, phase, sharded
 ):
     flags = ["--phase", phase, "--steps", "3", "--epochs", "1", "--eval-every", "2"]
+
+    def train_with_two(folder: Path, *more: str) -> str:
+        command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", folder, *flags]
+        return finish(torchrun(2, *command, "--shard", sharded, *more))
+
     one = run(mini, tmp_path / "one", *flags)
-    command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", tmp_path / "two", *flags]
-    finish(torchrun(2, *command, "--shard", sharded))
-    for a, b in zip(one, metrics(tmp_path / "two"), strict=True):
-        for key in a.keys() - JUMPY:
-            assert b[key] == pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE), key
-    weights, sharded_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    train_with_two(tmp_path / "two")
+    assert_same_metrics(one, read_rows(tmp_path / "two" / "metrics.jsonl"))
+    weights, sharded_weights = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")
+    )
     assert weights.keys() == sharded_weights.keys()
-    # As if the last step had not been done: two processes take it up to the bit, and so does one, to rounding.
+    # As if the last step had not been done: two processes do it again to the bit, one to rounding.
     shutil.rmtree(states(tmp_path / "two")[-1])
     shutil.copytree(tmp_path / "two", tmp_path / "again")
-    command[command.index(tmp_path / "two")] = tmp_path / "again"
-    assert "resumed" in finish(torchrun(2, *command, "--shard", sharded, "--resume"))
-    assert metrics(tmp_path / "again") == metrics(tmp_path / "two")
-    continued = run(mini, tmp_path / "two", *flags, "--resume")
-    for a, b in zip(one, continued, strict=True):
-        assert b.keys() == a.keys()
-        for key in a.keys() - JUMPY:
-            assert b[key] == pytest.approx(a[key], rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE), key
+    assert "resumed" in train_with_two(tmp_path / "again", "--resume")
+    again, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("again", "two"))
+    assert again == two
+    assert_same_metrics(one, run(mini, tmp_path / "two", *flags, "--resume"))
+
+
+def rank_one(job: subprocess.Popen) -> int:
+    """The process id of a job's second rank."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    if not children.exists():
+        pytest.skip("needs Linux's /proc to find the processes of a job")
+    for pid in map(int, children.read_text().split()):
+        if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            return pid
+    raise AssertionError("no process has rank 1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [
-    pytest.param(signal.SIGKILL, id="dead"),
-    pytest.param(signal.SIGSTOP, id="stuck", marks=pytest.mark.faults),  # torchrun waits 30 s before it kills
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="dead"),
+        # torchrun waits 30 s before it kills.
+        pytest.param(signal.SIGSTOP, id="stuck", marks=pytest.mark.faults),
+    ],
+)
 def test_a_dead_or_stuck_process_ends_the_job_with_a_message(mini, tmp_path, number):
-    command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", tmp_path / "run", "--phase", "kd",
-               "--epochs", "2000", "--eval-every", "0", "--save-every", "0", "--timeout-minutes", "0.1"]
-    job = torchrun(2, *command, start_new_session=True)
+    command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", tmp_path / "run"]
+    command += ["--phase", "kd", "--epochs", "2000", "--eval-every", "0", "--save-every", "0"]
+    job = torchrun(2, *command, "--timeout-minutes", "0.1", start_new_session=True)
     try:
         deadline = time.monotonic() + MAX_END_S
         while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert job.poll() is None and time.monotonic() < deadline, "the run did not begin"
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < deadline, "the run did not begin"
             time.sleep(0.2)
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-        if not children.exists():
-            pytest.skip("needs Linux's /proc to find the processes of a job")
-        rank = {int(pid): dict(entry.split("=", 1) for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
-                               if "=" in entry).get("RANK") for pid in children.read_text().split()}
-        [victim] = [pid for pid, number_of in rank.items() if number_of == "1"]
-        os.kill(victim, number)
+        os.kill(rank_one(job), number)
         output, _ = job.communicate(timeout=MAX_END_S)
         assert job.returncode not in (0, None)
-        assert "another process ended, or did not answer" in output and "--resume" in output, output
+        assert "another process ended, or did not answer" in output, output
+        assert "--resume" in output, output
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
 
 
-def test_a_launchers_signal_does_not_end_a_process_that_is_about_to_say_what_went_wrong(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(RuntimeError), Run.signals(SimpleNamespace(signal=0)):
-            raise RuntimeError
-        os.kill(os.getpid(), signal.SIGTERM)  # a launcher's, at the next line
-        assert "SIGTERM" in capsys.readouterr().err
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_groups_are_left_alone_by_one_process():
-    assert in_step(iter([[0, 1], [2]])) == [[0, 1], [2]] and in_step([]) == []
-
-
-if __name__ == "__main__":
-    stored_batch(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1")
+if __name__ == "__main__":  # one of the processes of `stored`
+    rank, num_processes, _ = start_processes("cpu", timeout_minutes=2)
+    out = Path(sys.argv[2])
+    for kind in ("replicated", "sharded"):
+        result = stored_batch(Path(sys.argv[1]), rank, num_processes, is_sharded=kind == "sharded")
+        if rank == 0:
+            out.mkdir(exist_ok=True)
+            save_file(result, out / f"{kind}.safetensors")
     end_processes()

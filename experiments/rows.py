@@ -1,0 +1,211 @@
+"""What the experiments share: rows of a table, records of runs, comparisons, the command line.
+
+A row is one method of an experiment: how its model is trained and how it is measured. A record is
+one JSON file about a run: its settings, training curve and seconds, and which questions it
+answered. Reports read records only, so the repository keeps records and no weights.
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import compare_correct
+from experiments.jobs import ROOT
+from infra.checkpoint import write_aside
+
+SEEDS = (0, 1, 2)
+Record = dict[str, Any]
+Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of an experiment."""
+
+    label: str  # its name in tables
+    phase: str = ""  # --phase of train.py; empty: what a preset says
+    presets: tuple[str, ...] = ()  # names of files in configs/, after the experiment's own
+    begins: str = ""  # the row whose model it starts from; empty: the experiment's plain student
+    flags: tuple[str, ...] = ()  # further flags of train.py
+    measure: tuple[str, ...] = ()  # further flags of the command that measures
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.phase or self.presets)
+
+
+def config_flags(presets: Sequence[str], folder: Path = Path("configs")) -> list[str]:
+    return ["--config", *(str(folder / f"{name}.toml") for name in presets)]
+
+
+def row_flags(row: Row, presets: Sequence[str], folder: Path = Path("configs")) -> list[str]:
+    """The flags of train.py that say what a row is. presets: the experiment's own."""
+    phase = ["--phase", row.phase] if row.phase else []
+    return [*config_flags((*presets, *row.presets), folder), *phase, *row.flags]
+
+
+def train_command(
+    row: Row, presets: Sequence[str], *, student: Path, run_dir: Path, seed: int
+) -> list[str]:
+    """Arguments of Python that train a row, or resume its training."""
+    run = ["--student", str(student), "--run-dir", str(run_dir), "--seed", str(seed), "--resume"]
+    return ["train.py", *row_flags(row, presets), *run]
+
+
+# ---- records ----
+
+
+def read_json(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_json(path: Path, record: Record) -> None:
+    """Write a record. Paths are made relative to the repository: it is read on other machines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record).replace(f"{ROOT}/", "")
+    write_aside(path, lambda partial: partial.write_text(text + "\n"))
+
+
+def read_records(folder: Path) -> dict[str, list[Record]]:
+    """The recorded runs of each row, by seed."""
+    records: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = read_json(path)
+        records.setdefault(record["row"], []).append(record)
+    return records
+
+
+def recorded_rows(folder: Path, command: str) -> dict[str, list[Record]]:
+    """As read_records; raises RuntimeError if there are none. command: what makes them."""
+    records = read_records(folder)
+    if not records:
+        raise RuntimeError(
+            f"{folder}: got no recorded results, expected some; python -m {command} makes them"
+        )
+    return records
+
+
+def row_record(row: str, seed: int | None) -> Record:
+    """The keys of every record; seed None: nothing was trained, and all seeds share the record."""
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, one thread a process"
+    return {"row": row, "seed": seed, "machine": machine}
+
+
+def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
+    """A run's settings, number of steps, seconds, and the curves of these metrics."""
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    curve = []
+    for step in metrics:
+        if any(key in step for key in curve_keys):
+            point = {"step": step["step"]}
+            for key in curve_keys:
+                if step.get(key) is not None:
+                    point[key] = round(step[key], 4)
+            curve.append(point)
+    return {
+        "train": read_json(run_dir / "run.json"),
+        "num_steps": len(metrics),
+        "train_s": seconds(run_dir),
+        "curve": curve,
+    }
+
+
+def seconds(run_dir: Path) -> float:
+    """What the steps of a run took together."""
+    return sum(step["seconds"] for step in read_lines(run_dir / "perf.jsonl"))
+
+
+# ---- comparisons, as text ----
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean over seeds, with the standard deviation if there are several."""
+    text = f"{np.mean(values):.3f}"
+    return f"{text} \u00b1{np.std(values, ddof=1):.3f}" if len(values) > 1 else text
+
+
+def common_seeds(left: Sequence[Record], right: Sequence[Record]) -> set[int]:
+    return {run["seed"] for run in left} & {run["seed"] for run in right}
+
+
+def differences_text(differences: Mapping[str, Interval]) -> str:
+    """Each difference after its name; "!" says that its interval excludes 0."""
+    texts = []
+    for name, (mean, low, high) in differences.items():
+        mark = "!" if low > 0 or high < 0 else ""
+        texts.append(f"{name} {mean:+.3f}{mark}")
+    return "  ".join(texts)
+
+
+def verdict(left: Sequence[Record], right: Sequence[Record]) -> str:
+    """A line that says whether left > right holds, over the seeds that both sides have.
+
+    It holds if the paired 95 % interval over questions excludes 0 and no seed says otherwise. With
+    one seed the line makes no claim. A record needs "name", "seed", "average" ({"em": of its sets})
+    and "correct" (for each set a text with a digit for each question).
+    """
+    seeds = common_seeds(left, right)
+    names = f"{left[0]['name']} > {right[0]['name']}"
+    if not seeds:
+        return f"{names:44} no seed in common"
+    left = [run for run in left if run["seed"] in seeds]
+    right = [run for run in right if run["seed"] in seeds]
+    mean, low, high = compare_correct(left, right)["average"]
+    by_seed = [a["average"]["em"] - b["average"]["em"] for a, b in zip(left, right, strict=True)]
+    word = "undecided"
+    if len(by_seed) == 1:
+        word = "one seed"
+    elif low > 0 and min(by_seed) > 0:
+        word = "holds"
+    elif high < 0 and max(by_seed) < 0:
+        word = "reversed"
+    seeds_text = ", ".join(f"{value:+.3f}" for value in by_seed)
+    return f"{names:44} {word:9} {mean:+.4f} [{low:+.4f}, {high:+.4f}]  seeds {seeds_text}"
+
+
+# ---- the command line ----
+
+
+def parse_experiment(
+    argv: Sequence[str],
+    prog: str,
+    doc: str,
+    rows: Mapping[str, Row],
+    folder: str,
+    experiments: Sequence[str] = ("run", "report"),
+) -> argparse.Namespace:
+    """experiment, runs, records, rows and seeds of a command.
+
+    A row brings the rows that it begins from; all are in the order of the experiment's table.
+    """
+    parser = argparse.ArgumentParser(
+        prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("experiment", choices=experiments)
+    add("--runs", type=Path, default=ROOT / "runs" / folder, help=f"default runs/{folder}")
+    add("--records", type=Path, help="folder of the records (default: records, in that of runs)")
+    add(
+        "--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=", ".join(rows)
+    )
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
+    options = parser.parse_args(argv)
+    options.runs = options.runs.resolve()
+    options.records = options.records or options.runs / "records"
+    names = set(options.rows)
+    while missing := {rows[name].begins for name in names} & set(rows) - names:
+        names |= missing
+    options.rows = [name for name in rows if name in names]
+    return options

@@ -1,0 +1,39 @@
+"""Out of memory: what the memory went to, and which setting changes each part."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def memory_report(
+    peak: int, networks: dict[str, nn.Module], optimizers: dict[str, Optimizer], settings: Any
+) -> str:
+    """What the memory went to, and the setting that changes each part, largest first.
+
+    peak: bytes; settings: the program's, with those of passes and rollouts.
+    """
+    weights = sum(p.nbytes for network in networks.values() for p in network.parameters())
+    adam = 0
+    for optimizer in optimizers.values():
+        for state in optimizer.state.values():
+            adam += sum(value.nbytes for value in state.values())
+    parts = [
+        (2 * weights + adam, "weights, gradients and Adam",
+         f"--shard (now {settings.shard}) over more processes"),
+        (max(0, peak - 2 * weights - adam), "the rest of the peak, activations above all",
+         f"--micro-batch-tokens (now {settings.micro_batch_tokens}), or --checkpointing"),
+    ]
+    decoder = networks.get("actor", networks.get("student"))
+    if decoder is not None:
+        c = decoder.config
+        slots = settings.max_context_tokens * settings.rollout_rows
+        bytes_a_slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim
+        parts.append((slots * bytes_a_slot * decoder.head_weight.element_size(),
+                      "keys and values of a rollout",
+                      f"--rollout-rows (now {settings.rollout_rows}) or --max-context-tokens "
+                      f"({settings.max_context_tokens})"))
+    lines = [f"  {size / 2**30:8.2f} GiB {name}: {knob}"
+             for size, name, knob in sorted(parts, reverse=True)]
+    return (f"out of memory at a peak of {peak / 2**30:.2f} GiB. Change first what is largest:\n"
+            + "\n".join(lines))

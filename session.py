@@ -1,0 +1,109 @@
+"""A session: what a phase opens (policies, passages, questions) and what it asks of the agent."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data import Question, load_questions
+from episode import Episode, Protocol
+from infra.parallel import shard, shuffled
+from infra.run import Run
+from model import Critic, load_decoder, save_decoder
+from rollout import Policy, SearchEngine, load_protocol
+from settings import TrainSettings
+from tokenizer import Tokenizer
+
+Report = Callable[[list[Episode]], dict[str, float]]
+
+
+class Task(NamedTuple):
+    """What a method asks of the agent and pays for; each part is a plain function."""
+    reward: Callable[[list[Episode]], list[float]] | None = None  # None: Eq. 3, Episode.score
+    report: Report | None = None  # sums over these episodes, logged as means rollout/NAME
+    val_report: Report | None = None  # the same of a validation, as eval/NAME
+    # (questions, *seeds) -> the questions as a step, or a validation (seed 0), asks them
+    prepare: Callable[..., list[Question]] = lambda questions, *seeds: questions
+    protocol: Protocol | None = None  # None: the one that settings name
+    drop_equal_groups: bool = False  # leave out groups whose episodes have equal rewards
+
+
+class Session(NamedTuple):
+    retriever: SearchEngine | None  # None where nothing is searched
+    questions: list[Question]  # to train on
+    val_questions: list[Question]  # set apart to measure progress
+    protocol: Protocol
+
+
+def open_session(settings: TrainSettings, device: torch.device, task: Task, *,
+                 asks: bool = True) -> Session:
+    """Questions, and passages if episodes search. asks: whether the phase asks questions at all."""
+    protocol = task.protocol or load_protocol(settings.protocol)
+    if not asks:
+        return Session(None, [], [], protocol)
+    searches, retriever = settings.max_turns > 0, None
+    if not settings.questions or searches and not (settings.corpus and settings.encoder):
+        raise ValueError(f"phase {settings.phase}: got --questions {settings.questions!r}, "
+                         f"--corpus {settings.corpus!r}, --encoder {settings.encoder!r}, expected "
+                         "all three (the last two are not needed with --max-turns 0)")
+    questions = load_questions(settings.questions)
+    order = shuffled(len(questions), 0)  # the same split for every seed of a run
+    questions = [questions[i] for i in order]
+    num_val = min(settings.val_size, len(questions) // 10)
+    if searches:
+        from retriever import Retriever  # here, because only a phase that searches needs it
+        retriever = Retriever.load(settings.corpus, settings.encoder,
+                                   index=settings.index or None, device=device)
+    return Session(retriever, questions[num_val:], questions[:num_val], protocol)
+
+
+def load_policy(path: str, device: torch.device, role: str,
+                dtype: torch.dtype = torch.float32) -> Policy:
+    if not path:
+        raise ValueError(f"--{role}: got no checkpoint, expected a folder or a hub id")
+    return Policy(load_decoder(path, dtype=dtype, device=device), Tokenizer.load(path))
+
+
+def open_student(run: Run, settings: TrainSettings) -> Policy:
+    """The policy that a run trains; claims the run's folder."""
+    run.prepare_folder()
+    student = load_policy(settings.student, run.device, "student")
+    student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
+    return student
+
+
+def open_frozen(settings: TrainSettings, device: torch.device, role: str,
+                student: Policy | None = None) -> Policy:
+    """The policy that the setting `role` names, without gradients; a student must share its ids."""
+    dtype = torch.float32 if role == "student" else getattr(torch, settings.teacher_dtype)
+    policy = load_policy(getattr(settings, role), device, role, dtype)
+    policy.decoder.requires_grad_(False)
+    if student is not None:
+        check_same_tokens(student.tokenizer, policy.tokenizer)
+    return policy
+
+
+def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """The teacher scores the student's ids, so every id must mean the same to both."""
+    ours, theirs = student.full.get_vocab(), teacher.full.get_vocab()
+    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+        raise ValueError(
+            f"--teacher: got another vocabulary than the student's (for example {differing[:3]}), "
+            "expected the same token ids; take both from one model family")
+
+
+def shard_models(settings: TrainSettings, student: Policy, guide: Policy | None,
+                 critic: Critic | None = None) -> None:
+    """Split student and critic, and with --shard all the guide, over the processes."""
+    policies = {"none": (), "student": (student,), "all": (student, guide)}[settings.shard]
+    for policy in filter(None, policies):
+        shard(policy.decoder, [*policy.decoder.model.layers], "hidden")
+    if critic is not None and settings.shard != "none":
+        shard(critic, [*critic.backbone.model.layers], "values")
+
+
+def save_policy(policy: Policy, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a policy whose unsharded tensors are these."""
+    save_decoder(policy.decoder, policy.tokenizer, folder, state=tensors)
