@@ -385,7 +385,7 @@ def test_numbers_on_the_readme_are_those_of_the_records():
         "DGPO ([0-9.]+), KD": mean("DGPO"),
         ", KD ([0-9.]+), PPO": mean("KD"),
         r", PPO ([0-9.]+)\.": mean("PPO"),
-        r"\(([0-9.]+) selective": mean("DGPO"),
+        ": ([0-9.]+) selective": mean("DGPO"),
         "selective, ([0-9.]+) uniform": mean("(b) uniform KL"),
         "uniform, ([0-9.]+) none": mean("(c) w/o teacher guidance"),
         r"\(DGPO ([0-9.]+)\)": mean("(a) w/o cold start"),
