@@ -56,12 +56,13 @@ import numpy as np
 import torch
 
 import eval as evaluation
-from data import Question, exact_match, parse_question, read_rows
+from data import Question, exact_match, parse_question
 from distil import Schedule, distil
 from episode import Episode, Segment, begin_episode, episode_text, load_episodes, save_episodes
 from eval import SHARED, AgentSettings, EvalSettings
 from infra import config
 from infra.config import setting
+from infra.files import read_rows
 from infra.run import Run, launch
 from reinforce import reinforce
 from retriever import Retriever

@@ -10,14 +10,15 @@ names the set, else the file does. Bytes that are not UTF-8 become U+FFFD.
 
 import importlib
 import itertools
-import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from infra.files import read_rows
 
 # Published numbers of rows (paper Table 9).
 TEST_SETS = {"nq": 3_610, "triviaqa": 11_313, "popqa": 14_267, "hotpotqa": 7_405,
@@ -104,41 +105,6 @@ def load_questions(path: Path | str, *, limit: int | None = None) -> list[Questi
             name = f"{question.id}_{copy}"
         questions[name] = replace(question, id=name)
     return list(questions.values())
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a file with one JSON object a line; blank lines are skipped."""
-    if path.suffix == ".parquet":
-        raise ValueError(f"{path}: got a parquet file, expected JSON lines; convert it with "
-                         "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: got no such file, expected questions (JSON lines)")
-    is_empty = True
-    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                is_empty = False
-                yield number, parse_object(line, f"{path}:{number}")
-    if is_empty:
-        raise ValueError(f"{path}: got no rows, expected at least one question")
-
-
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """The JSON object of a line; errors name `where`. Lone surrogates become U+FFFD."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: got no valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: got {line[:60]!r}, expected a JSON object")
-    if "\\ud" in line.lower():  # an escape that may write a lone surrogate
-        row = json.loads(replace_surrogates(json.dumps(row, ensure_ascii=False)))
-    return row
-
-
-def replace_surrogates(text: str) -> str:
-    """Lone surrogates, which no tokenizer and no UTF-8 file takes, become U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Question:

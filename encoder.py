@@ -9,8 +9,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor, nn
 
+from infra.files import blaming, file_in, read_json, resolve
 from tokenizer import text_tokenizer
-from weights import blaming, check, file_in, fill, read_json, resolve
+from weights import check, fill
 
 
 class EncoderLayer(nn.Module):

@@ -13,8 +13,9 @@ from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
-from data import Passage, Question, build_messages, parse_object
+from data import Passage, Question, build_messages
 from infra.checkpoint import write_aside
+from infra.files import read_rows
 from tokenizer import Tokenizer
 
 STATUSES = ("answered", "max_turns", "max_tokens", "invalid", "search_error")
@@ -176,22 +177,18 @@ def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str,
     of its question, which `prepare` may change before; plain text has no question and no prompt.
     """
     episodes = []
-    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            episode = parse_episode(line, tokenizer, f"{path}:{number}")
-            episode.question = prepare(episode.question)
-            has_prompt = any(segment.author == "prompt" for segment in episode.segments)
-            if episode.question.question and not has_prompt:
-                episode.segments.insert(0, prompt_segment(tokenizer, episode.question, prompt))
-            episodes.append(episode)
-    if not episodes:
-        raise ValueError(f"{path}: got no episodes, expected at least one line")
+    for number, row in read_rows(Path(path), "episode"):
+        episode = parse_episode(row, tokenizer, f"{path}:{number}")
+        episode.question = prepare(episode.question)
+        has_prompt = any(segment.author == "prompt" for segment in episode.segments)
+        if episode.question.question and not has_prompt:
+            episode.segments.insert(0, prompt_segment(tokenizer, episode.question, prompt))
+        episodes.append(episode)
     return episodes
 
 
-def parse_episode(line: str, tokenizer: Tokenizer, where: str) -> Episode:
-    """The episode of a line; where: its file and number, for errors."""
-    row = parse_object(line, where)
+def parse_episode(row: dict, tokenizer: Tokenizer, where: str) -> Episode:
+    """The episode of a row; where: its file and line, for errors."""
     try:
         golds = tuple(gold for gold in row["golden_answers"] if isinstance(gold, str))
         keys = {*QUESTION_KEYS, *OPTIONAL_KEYS, *OUTCOME_KEYS, "segments"}

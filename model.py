@@ -18,8 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.checkpoint import checkpoint
 
 from infra.checkpoint import write_aside
+from infra.files import blaming, read_json, resolve
 from tokenizer import FILES, Tokenizer
-from weights import blaming, check, fill, read_json, resolve, save_tensors
+from weights import check, fill, save_tensors
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

@@ -58,11 +58,12 @@ import torch
 
 import eval as evaluation
 from bard import check_own_reward, open_own_guide
-from data import Passage, Question, build_messages, f1, hit, normalize_answer, replace_surrogates
+from data import Passage, Question, build_messages, f1, hit, normalize_answer
 from episode import Episode, Protocol, episode_text, parse_action, unique_passages
 from eval import QUESTION_FILES, AgentSettings
 from infra import config
 from infra.config import setting
+from infra.files import replace_surrogates
 from infra.parallel import pick_device
 from infra.run import Run, launch
 from reinforce import reinforce

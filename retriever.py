@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Passage, parse_object, replace_surrogates
+from data import Passage
 from encoder import Encoder, load_encoder
 from infra.checkpoint import write_aside
-from weights import read_json
+from infra.files import parse_object, read_json, replace_surrogates
 
 WORLD = Path(__file__).resolve().parent / "world"
 EMBED_ROWS = 8192  # passages a chunk of `build`; sorted by length within

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import WordLevel, WordPiece
 
-from weights import blaming, file_in, read_json, resolve
+from infra.files import blaming, file_in, read_json, resolve
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
          "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json")

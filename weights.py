@@ -1,8 +1,7 @@
 """Weights: published checkpoint folders; what does not fit its config.json is refused by name."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.checkpoint import write_aside
+from infra.files import blaming, file_in, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -20,51 +20,6 @@ def check(where: str, key: str, got: object, *expected: object) -> None:
     if got not in expected:
         raise ValueError(f"{where}: unsupported {key}: got {got!r}, expected one of "
                          f"{list(expected)}; use a Qwen2, Qwen3, Llama or mean-pooling BERT model")
-
-
-def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint; an id such as "Qwen/Qwen2.5-0.5B-Instruct" is downloaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    problem = f"checkpoint: got {path}, expected a folder or an id like org/name"
-    if Path(path).parent.is_dir():  # an id is no path
-        raise FileNotFoundError(f"{problem}; check the path")
-    from huggingface_hub import snapshot_download  # here, because only downloads need it
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise FileNotFoundError(f"{problem} to download ({got}); check the path") from error
-
-
-@contextmanager
-def blaming(path: Path, expected: str) -> Iterator[None]:
-    """Context manager: whatever goes wrong inside becomes a ValueError that names this file."""
-    try:
-        yield
-    except (FileNotFoundError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of a Rust library is not an Exception
-        if isinstance(error, ValueError) and str(path.parent) in str(error):
-            raise
-        got = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{path}: got {got}; expected {expected}; copy it again") from error
-
-
-def file_in(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        got = sorted(entry.name for entry in folder.iterdir())
-        raise FileNotFoundError(f"{folder}: got {got}, expected {name} among them; copy it there")
-    return folder / name
-
-
-def read_json(path: Path, default: dict | None = None) -> dict:
-    """The object in a JSON file. If there is no such file: `default`, or an error without one."""
-    if default is not None and not path.is_file():
-        return default
-    with blaming(path, "a JSON object"):
-        return {**json.loads(file_in(path.parent, path.name).read_text(encoding="utf-8"))}
 
 
 def fill(module: nn.Module, folder: Path, public_name: Callable[[str], str | None], *,

@@ -56,10 +56,10 @@ from experiments import engines
 from experiments.engines import SHAPES, Weights, Work, load_weights, ragged, random_ids
 from experiments.plots import plot_growth
 from infra.checkpoint import write_aside
+from infra.files import read_json
 from infra.parallel import micro_batches
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, load_decoder, load_encoder
-from weights import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "trl", "liger-kernel", "cut-cross-entropy", "llama-cpp-python",

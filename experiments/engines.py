@@ -21,9 +21,10 @@ from torch import nn
 
 from data import Question
 from episode import SEARCH_R1, Episode, Segment
+from infra.files import read_json
 from model import Decoder, load_decoder
 from rollout import Policy, RolloutSettings, generate
-from weights import read_json, save_tensors
+from weights import save_tensors
 from world.pretrain import new_decoder
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "runs" / "bench"  # of random decoders

@@ -133,7 +133,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
 def test_missing_empty_and_parquet_files_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="got no such file"):
         load_questions(tmp_path / "s.jsonl")
-    with pytest.raises(ValueError, match="got no rows"):
+    with pytest.raises(ValueError, match="got no questions"):
         load_questions(write_rows(tmp_path / "s.jsonl", []))
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="got a parquet file.*to_json"):

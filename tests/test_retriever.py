@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import retriever
-from data import load_questions, replace_surrogates
+from data import load_questions
 from encoder import Encoder
+from infra.files import replace_surrogates
 from retriever import Corpus, Retriever, TorchIndex
 from world.pretrain import new_encoder, save_encoder
 

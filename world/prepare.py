@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import TEST_SETS, parse_question, read_rows
+from data import TEST_SETS, parse_question
+from infra.files import read_rows
 
 TRAIN_SETS = {"nq": 79_168, "hotpotqa": 90_447}  # published numbers of rows (paper Table 9)
 TEST_SPLITS = ("test", "dev", "train")  # the first of these that a set has

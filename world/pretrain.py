@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from encoder import Encoder
 from infra.checkpoint import write_aside
+from infra.files import file_in
 from model import Decoder, DecoderConfig, Tokenizer, load_decoder, save_decoder
 from tokenizer import text_tokenizer
-from weights import file_in, save_tensors
+from weights import save_tensors
 from world.files import ROOT, SCRATCH, read_jsonl, write_jsonl
 
 Network = TypeVar("Network", bound=nn.Module)
