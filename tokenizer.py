@@ -57,7 +57,8 @@ class Tokenizer:
             self.names = {key: name["content"] if isinstance(name, dict) else name
                           for key, name in settings.items()
                           if key in ("bos_token", "eos_token", "pad_token") and name}
-            self.eos_id = self.pad_id = self._end_of_turn()
+            self.eos_id, self.end_ids = self._end_of_turn()
+            self.pad_id = self.eos_id
             if "pad_token" in self.names:
                 self.pad_id = self._id(self.names["pad_token"])
 
@@ -129,21 +130,21 @@ class Tokenizer:
             raise ValueError(f"{self.folder}: chat template: got {got}, expected text; check the "
                              "roles of the messages, or replace the template") from error
 
-    def _end_of_turn(self) -> int:
+    def _end_of_turn(self) -> tuple[int, frozenset[int]]:
+        """The id that ends an assistant's turn in the template, and all that end one."""
         listed: list[int] = []
         for name in ("generation_config.json", "config.json"):
             ids = read_json(self.folder / name, {}).get("eos_token_id")
             if ids is not None:
                 listed += ids if isinstance(ids, list) else [ids]
+        named = [self._id(self.names["eos_token"])] if "eos_token" in self.names else []
+        if not named + listed:
+            raise ValueError(f"{self.folder}/tokenizer_config.json: got no eos_token; add one")
         # Llama 3 may name the end of text as eos_token and list the end of turn beside it.
         turn = self.full.token_to_id("<|eot_id|>")
         if turn in listed and self.template is not None and "<|eot_id|>" in self.template:
-            return turn
-        if "eos_token" in self.names:
-            return self._id(self.names["eos_token"])
-        if not listed:
-            raise ValueError(f"{self.folder}/tokenizer_config.json: got no eos_token; add one")
-        return listed[0]
+            named = [turn, *named]
+        return (named + listed)[0], frozenset(named + listed)
 
     def _id(self, token: str) -> int:
         if (token_id := self.full.token_to_id(token)) is None:
