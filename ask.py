@@ -1,70 +1,70 @@
 """Watch one episode: what the agent thinks, searches, reads and answers.
 
+A model is asked as its run was: prompt, passages and limits come from its run.json, where no flag
+and no preset that is named says otherwise.
+
 Run: python rollout.py ask "who wrote ..." --model runs/dgpo
 """
 
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import Question
 from episode import episode_text
-from infra import config
+from infra import cli
 from infra.config import setting
-from model import load_decoder
-from rollout import Policy, RolloutSettings, generate
-from tokenizer import Tokenizer
+from infra.programs import check_paths, read_command
+from infra.record import recorded_settings
+from rollout import RolloutSettings, generate
+from session import load_policy
+
+# What is taken from the run that made a model: how it acts and what it searches, not how training
+# samples, or how many episodes fit into memory.
+RECORDED = {field.name for field in fields(RolloutSettings)}
+RECORDED -= {"temperature", "top_p", "rollout_rows"}
 
 
 @dataclass
 class AskSettings(RolloutSettings):
-    model: str = setting("runs/dgpo", "checkpoint that answers")
+    question: str = setting("", "what is asked, with or without the flag", is_words=True,
+                            needed=True)
+    model: str = setting("runs/dgpo", "checkpoint that answers", reads="DIR")
     dtype: str = setting("float32", "bfloat16 takes half the memory, and is faster on processors "
                          "that multiply in it", choices=("float32", "bfloat16"))
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    seed: int = setting(0, "sampling noise, when temperature > 0")
+    seed: int = setting(0, "sampling noise, when temperature > 0", at_most=2**53)
 
 
-def ask(words: list[str], argv: list[str]) -> None:
+def ask(argv: list[str]) -> None:
     """Print one episode."""
-    if not words:
-        sys.exit('rollout.py: got no question; expected: python rollout.py ask "who wrote ..." '
-                 "--model DIR")
     shared = {field.name for field in fields(AskSettings)} - {"seed", "temperature", "dtype"}
-    settings = config.load(
+    settings = cli.load(
         AskSettings, argv, prog="rollout.py ask", description="Watch one episode.",
         default_config=Path(__file__).parent / "configs" / "world.toml", shared=shared,
+        recorded=partial(recorded_settings, sorted(RECORDED)),
     )  # fmt: skip
-    decoder = load_decoder(settings.model, dtype=getattr(torch, settings.dtype))
-    policy = Policy(decoder, Tokenizer.load(settings.model))
+    check_paths(settings)
+    policy = load_policy(
+        settings.model, torch.device("cpu"), "model", getattr(torch, settings.dtype)
+    )
     retriever = None
     if settings.max_turns > 0:
-        from retriever import Retriever  # here, because only a policy that searches needs it
+        from retriever import open_retriever  # here, because only a policy that searches needs it
 
-        index = settings.index or None
-        retriever = Retriever.load(settings.corpus, settings.encoder, index=index)
-    question = Question("asked", " ".join(words), (), "asked")
+        retriever = open_retriever(settings)
+    question = Question("asked", settings.question, (), "asked")
     [episode] = generate(policy, retriever, [question], settings, seed=settings.seed)
     print(episode_text(episode, policy.tokenizer))
 
 
-def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(words before the first flag, the rest)."""
-    first_flag = next((i for i, arg in enumerate(argv) if arg.startswith("--")), len(argv))
-    return argv[:first_flag], argv[first_flag:]
-
-
 def main(argv: list[str]) -> None:
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command != "ask":
-        is_help = command in ("", "-h", "--help")
-        sys.exit(__doc__ if is_help else f"rollout.py: got {command!r}, expected ask")
-    try:
-        ask(*split_words(rest))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"rollout.py: {error}")
+    read_command(argv, "rollout.py", __doc__, ("ask",))
+    with cli.reporting("rollout.py"):
+        ask(argv[1:])
 
 
 if __name__ == "__main__":

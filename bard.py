@@ -48,6 +48,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,13 +57,18 @@ import numpy as np
 import torch
 
 import eval as evaluation
+from ask import RECORDED
 from data import Question, exact_match, parse_question
 from distil import Schedule, distil
 from episode import Episode, Segment, begin_episode, episode_text, load_episodes, save_episodes
 from eval import SHARED, AgentSettings, EvalSettings
-from infra import config
+from formats.answers import find_numbers
+from infra import cli, config
 from infra.config import setting
 from infra.files import read_rows
+from infra.parts import find_made
+from infra.programs import check_paths, read_command
+from infra.record import recorded_settings
 from infra.run import Run, launch
 from reinforce import reinforce
 from retriever import Retriever
@@ -73,7 +79,9 @@ from settings import TrainSettings
 from settings import with_defaults as with_core_defaults
 from tokenizer import Tokenizer
 
-PHASES = ("bard-data", "bard-sft", "bard-rl")
+# Each with the words by which settings say who reads them (infra/config.py).
+PHASES = {"bard-data": "teacher asks", "bard-sft": "learn distil sft",
+          "bard-rl": "learn reinforce teacher"}
 REWARDS = ("multiplicative", "additive", "l1_max")
 BUDGET_TEXT = "Think for at most {budget} tokens."  # BARD's own words are not known
 COMPRESS_PROMPT = (
@@ -106,21 +114,31 @@ class BudgetSettings:
 @dataclass
 class BardSettings(BudgetSettings, TrainSettings):
     phase: str = setting("bard-sft", "what to run", choices=PHASES)
-    episodes: str = setting("runs/versions.jsonl", "compressed chains: of bard-data, for bard-sft")
-    versions_per_question: int = setting(6, "bard-data: budgets that each chain is compressed to")
-    chains: str = setting("", "bard-data: the teacher's chains, rows with question, "
-                          "golden_answers, chain, or an episodes file; empty: the teacher is asked")
-    compressor: str = setting("trails", "bard-data: trails (the world's rules) or a checkpoint")
-    compress_prompt: str = setting("", "bard-data: a file with {question} {chain} {answer} "
-                                   "{budget}; empty: ours")
-    compress_tries: int = setting(3, "bard-data: attempts of a compressor that samples")
-    min_fill: float = setting(0.5, "bard-data: least share of its budget that a version fills")
-    budget_reward: str = setting("multiplicative", "bard-rl: form of the reward", choices=REWARDS)
-    budget_tolerance: float = setting(0.5, "bard-rl: share of overshoot that is worth nothing")
-    budget_use: float = setting(0.0, "bard-rl: share of the reward that is for using the budget")
-    budget_weight: float = setting(0.5, "bard-rl: additive: what fidelity alone is worth")
-    l1_alpha: float = setting(3e-4, "bard-rl: l1_max: slope per token (its paper's)")
-    l1_delta: float = setting(0.5, "bard-rl: l1_max: what is left at the budget (its paper's)")
+    student: str = setting("", "checkpoint whose tokens are counted, and that is trained",
+                           reads="DIR", needed=True)
+    episodes: str = setting("runs/versions.jsonl", "compressed chains: of bard-data, for bard-sft",
+                            reads="FILE", made_by="bard-data", of="bard-data bard-sft")
+    versions_per_question: int = setting(6, "budgets that each chain is compressed to",
+                                         of="bard-data", at_least=2, section="bard-data: chains")
+    chains: str = setting("", "the teacher's chains, rows with question, golden_answers, chain, or "
+                          "an episodes file; empty: the teacher is asked", reads="FILE")
+    compressor: str = setting("trails", "trails (the world's rules) or a checkpoint",
+                              reads="trails|DIR")
+    compress_prompt: str = setting("", "a file with {question} {chain} {answer} {budget}; empty: "
+                                   "ours", reads="FILE")
+    compress_tries: int = setting(3, "attempts of a compressor that samples", at_least=1)
+    min_fill: float = setting(0.5, "least share of its budget that a version fills", at_most=1)
+    budget_reward: str = setting("multiplicative", "form of the reward", choices=REWARDS,
+                                 section="bard-rl: reward")
+    budget_tolerance: float = setting(0.5, "share of overshoot that is worth nothing",
+                                      when="budget_reward multiplicative additive")
+    budget_use: float = setting(0.0, "share of the reward that is for using the budget", at_most=1,
+                                when="budget_reward multiplicative additive")
+    budget_weight: float = setting(0.5, "what fidelity alone is worth",
+                                   when="budget_reward additive")
+    l1_alpha: float = setting(3e-4, "slope per token (its paper's)", when="budget_reward l1_max")
+    l1_delta: float = setting(0.5, "what is left at the budget (its paper's)",
+                              when="budget_reward l1_max")
 
 
 def with_defaults(settings: BardSettings) -> BardSettings:
@@ -128,7 +146,7 @@ def with_defaults(settings: BardSettings) -> BardSettings:
     if settings.phase == "bard-rl" and not settings.advantage:
         settings = replace(settings, advantage="group")
     check_settings(settings)
-    return with_core_defaults(settings)
+    return with_core_defaults(settings, reinforces=settings.phase == "bard-rl")
 
 
 def check_settings(settings: BardSettings) -> None:
@@ -219,20 +237,15 @@ def draw_budgets(
 
 def integer_match(prediction: str | None, golds: Sequence[str]) -> float:
     """1 if the prediction's only number is a gold one; "$\\boxed{042}$" is "42" (not in paper)."""
-    numbers = _numbers(prediction or "")
-    return float(len(numbers) == 1 and any(numbers == _numbers(gold) for gold in golds))
+    number = _number(prediction or "")
+    return float(number is not None and any(number == _number(gold) for gold in golds))
 
 
-def _numbers(text: str) -> set[str]:
-    """The distinct numbers of a text, or of its last \\boxed{}, in one spelling."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    text = boxed[-1] if boxed else text
-    numbers = set()
-    for number in re.findall(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text):
-        number = re.sub(r"^(-?)0+(?=\d)", r"\1", number.replace(",", ""))  # leading zeros
-        number = re.sub(r"\.0+$", "", number)
-        numbers.add("0" if number == "-0" else number)
-    return numbers
+def _number(text: str) -> Decimal | None:
+    """The only number of a text, or of its last \\boxed{}, however often it is there."""
+    boxed = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
+    numbers = find_numbers(boxed[-1] if boxed else text)
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def choice_match(prediction: str | None, golds: Sequence[str]) -> float:
@@ -253,7 +266,7 @@ def _letter(text: str) -> str | None:
 
 
 ANSWER_KINDS = {"text": exact_match, "integer": integer_match, "choice": choice_match}
-READERS: dict[str, Callable[[str], Any]] = {"integer": _numbers, "choice": _letter}
+READERS: dict[str, Callable[[str], Any]] = {"integer": _number, "choice": _letter}
 
 
 def with_answer_kind(question: Question, where: str = "") -> Question:
@@ -266,10 +279,10 @@ def with_answer_kind(question: Question, where: str = "") -> Question:
     if not isinstance(kind, str) or kind not in ANSWER_KINDS:
         raise ValueError(f"{where}: got {kind!r} for answer_kind, expected one of "
                          f"{', '.join(ANSWER_KINDS)}")
-    if kind in READERS and not all(map(READERS[kind], question.golden_answers)):
+    if kind in READERS and None in map(READERS[kind], question.golden_answers):
         raise ValueError(f"{where}: got {question.golden_answers} for golden_answers, expected "
                          f"answers of kind {kind}")
-    return replace(question, match=ANSWER_KINDS[kind])
+    return question if kind == "text" else replace(question, match=ANSWER_KINDS[kind])
 
 
 # ---- what is thought ----
@@ -322,7 +335,7 @@ def hard_stop(episode: Episode, tokenizer: Tokenizer) -> Segment | None:
     tail = tokenizer.decode(turns[-1].ids[-len(THINK_END) :])
     if any(THINK_END.startswith(tail[i:]) for i in range(len(tail))):
         return None
-    ids = tokenizer.encode(f" {THINK_END}\n{ANSWER_START}")
+    ids = tokenizer.encode(f" {THINK_END}\n{ANSWER_START}", own=True)
     return Segment("environment", ids, opens=ANSWER_START)
 
 
@@ -393,7 +406,7 @@ class Chain(NamedTuple):
     text: str  # the reasoning, without tags
 
 
-def read_chains(path: str | Path) -> tuple[list[Chain], int]:
+def read_chains(path: str | Path, answer_rule: str = "squad") -> tuple[list[Chain], int]:
     """The right chains of a file, and how many rows were left out: wrong, or of several turns.
 
     A row has a "chain", and an "answer" if the teacher's may be wrong, or it is an episode.
@@ -404,7 +417,8 @@ def read_chains(path: str | Path) -> tuple[list[Chain], int]:
         where = f"{path}:{number}"
         source, id = row.get("source") or Path(path).stem, str(len(chains))
         question_row = {key: value for key, value in row.items() if key not in CHAIN_KEYS}
-        question = with_answer_kind(parse_question(question_row, source, id, where), where)
+        question = parse_question(question_row, source, id, where, answer_rule)
+        question = with_answer_kind(question, where)
         text, answer = chain_text(row, where), row.get("answer", question.golden_answers[0])
         if not isinstance(answer, str | None):
             raise ValueError(f"{where}: got answer {answer!r}, expected a text")
@@ -438,7 +452,8 @@ def chain_text(row: dict[str, Any], where: str) -> str:
 
 def num_chain_tokens(tokenizer: Tokenizer, chain: str) -> int:
     """l of a chain that stands between its tags."""
-    return thinking(tokenizer.encode(f"<think> {chain} {THINK_END}"), tokenizer).num_tokens
+    ids = tokenizer.encode(f"<think> {chain} {THINK_END}", own=True)
+    return thinking(ids, tokenizer).num_tokens
 
 
 def draw_targets(chains: Sequence[Chain], settings: BardSettings) -> list[Chain]:
@@ -494,7 +509,7 @@ def compress(
             episode = begin_episode(student, targets[k].question, settings.prompt)
             episode.status, episode.answer = "answered", episode.question.golden_answers[0]
             text = f"<think> {accepted[k]} {THINK_END}\n{ANSWER_START} {episode.answer} </answer>"
-            episode.segments.append(Segment("agent", student.encode(text)))
+            episode.segments.append(Segment("agent", student.encode(text, own=True)))
             episodes.append(episode)
     return episodes, dict(counts)
 
@@ -541,7 +556,7 @@ def propose(
     for k, episode in zip(places, episodes, strict=True):
         written = episode.segments[-1]
         # A prompt that fills the context is not answered; an answer that was cut off is no chain.
-        if written.author == "agent" and written.ids[-1:] == [compressor.tokenizer.eos_id]:
+        if written.author == "agent" and written.ids[-1] in compressor.tokenizer.end_ids:
             text = compressor.tokenizer.decode(written.ids).rpartition(THINK_END)[2]
             proposed[k] = TAG.sub(" ", text).strip() or None
     return proposed
@@ -556,7 +571,7 @@ def check_answers(
                 for question, text in chains]
     episodes = []
     for question, text in chains:
-        shown = checker.tokenizer.encode(f"<think> {text} {THINK_END}\n")
+        shown = checker.tokenizer.encode(f"<think> {text} {THINK_END}\n", own=True)
         episodes.append(begin_episode(
             checker.tokenizer, replace(question, instruction=""), settings.prompt, shown=shown,
             opens=ANSWER_START))
@@ -571,8 +586,9 @@ def write_versions(
 ) -> str:
     """Write the file that bard-sft reads, and counts beside it; returns a line for the log."""
     path = settings.episodes
-    chains, num_left_out = read_chains(chains_path)
-    if compressor and not checker and any(c.question.match != exact_match for c in chains):
+    chains, num_left_out = read_chains(chains_path, settings.answer_rule)
+    kinds = {chain.question.metadata.get("answer_kind", "text") for chain in chains}
+    if compressor and not checker and kinds != {"text"}:
         raise ValueError(f"{chains_path}: got options or integers, which any text may contain, "
                          "expected a teacher that finds them in the compressed chains; give "
                          "--teacher")
@@ -602,10 +618,9 @@ def write_versions(
 
 def train(argv: list[str]) -> None:
     """Run one of PHASES; train.py hands over to it."""
-    settings = config.load(
+    settings = cli.load(
         BardSettings, argv, prog="bard.py", description=__doc__.split("\n")[0],
-        default_config=evaluation.DEFAULT_CONFIG)
-    settings = with_defaults(settings)
+        default_config=evaluation.DEFAULT_CONFIG, finish=with_defaults)
     phases = {"bard-data": make_versions, "bard-sft": imitate_versions,
               "bard-rl": reinforce_within_budget}
     launch(settings, partial(phases[settings.phase], settings=settings))
@@ -636,19 +651,17 @@ def make_task(settings: BardSettings, tokenizer: Tokenizer) -> Task:
 
 def make_versions(run: Run, settings: BardSettings) -> None:
     """Phase bard-data: compress chains of a file, or of the teacher, which all processes ask."""
-    session = open_questions(settings, run.device, asks=not settings.chains)
-    teacher = open_frozen(settings, run.device, "teacher") if settings.teacher else None
-    chains = settings.chains
+    chains, is_made = settings.chains, True
     if not chains:
         chains = str(Path(settings.episodes).with_suffix(".chains.jsonl"))
-        if run.agree(Path(chains).exists()):
-            run.say(f"{chains} is there already: its chains are taken; remove it to ask the "
-                    "teacher again")
-        elif teacher is None:
+        if not settings.teacher and not Path(chains).exists():
             raise ValueError("--teacher: got no checkpoint and no --chains, expected either to "
                              "reason from")
-        else:
-            write_episodes(run, settings, teacher, session, chains)
+        is_made = find_made(run, chains, settings, takes_any=not settings.teacher)
+    session = open_questions(settings, run.device, asks=not is_made)
+    teacher = open_frozen(settings, run.device, "teacher") if settings.teacher else None
+    if not is_made:
+        write_episodes(run, settings, teacher, session, chains)
     if run.rank > 0:
         return  # these processes have nothing to wait for
     compressor = checker = None
@@ -672,9 +685,6 @@ def imitate_versions(run: Run, settings: BardSettings) -> None:
 
     session = open_questions(settings, run.device, asks=settings.eval_every > 0)
     student = open_student(run, settings)
-    if not run.agree(Path(settings.episodes).exists()):
-        raise ValueError(f"--episodes: got {settings.episodes}, which is not there, expected "
-                         "episodes to learn from; --phase bard-data makes them")
     episodes = load_episodes(
         settings.episodes, student.tokenizer, prompt=settings.prompt, prepare=prepare)
     task = make_task(settings, student.tokenizer)
@@ -806,7 +816,9 @@ class MeasureSettings(BudgetSettings, EvalSettings):
 
 @dataclass
 class AskSettings(BudgetSettings, AgentSettings):
-    model: str = setting("runs/bard-rl", "checkpoint that answers")
+    model: str = setting("runs/bard-rl", "checkpoint that answers", reads="DIR")
+    question: str = setting("", "what is asked, with or without the flag", is_words=True,
+                            needed=True)
     budget: int = setting(0, "tokens to think; 0: the median of --budgets")
     hard_stop: bool = setting(False, "end the thinking at the budget and ask for the answer")
 
@@ -816,7 +828,10 @@ def run_measure(settings: MeasureSettings) -> None:
     check_budgets(settings.budgets, settings, stops=True)
     if settings.episodes:
         raise ValueError("--episodes: got it for bard.py measure, which writes none; drop it")
-    sets = evaluation.read_sets(settings.questions, settings.limit, ANSWER_KINDS)
+    if settings.hit_rule != "words":
+        raise ValueError("--hit-rule: got it for bard.py measure, which counts no hits; drop it")
+    sets = evaluation.read_sets(
+        settings.questions, settings.limit, ANSWER_KINDS, settings.answer_rule)
     questions = [with_answer_kind(question) for group in sets.values() for question in group]
     policy, retriever = evaluation.load_agent(settings)
     name, out = evaluation.name_and_out(settings, settings.model)
@@ -830,7 +845,7 @@ def run_measure(settings: MeasureSettings) -> None:
     print(f"{budget_table(result)}\n\nwrote {out}/budgets.json, .jsonl")
 
 
-def run_ask(text: str, settings: AskSettings) -> None:
+def run_ask(settings: AskSettings) -> None:
     """Print one episode."""
     budget = settings.budget
     if budget == 0 and settings.budgets:
@@ -840,7 +855,8 @@ def run_ask(text: str, settings: AskSettings) -> None:
     if settings.hard_stop:
         protocol = protocol._replace(interrupt=hard_stop)
     policy, retriever = evaluation.load_agent(settings)
-    question = tell(Question("asked", text, (), "asked"), budget, settings.budget_text)
+    asked = Question("asked", settings.question, (), "asked")
+    question = tell(asked, budget, settings.budget_text)
     [episode] = generate(
         policy, retriever, [question], settings, seed=settings.seed, protocol=protocol)
     print(episode_text(episode, policy.tokenizer))
@@ -848,17 +864,16 @@ def run_ask(text: str, settings: AskSettings) -> None:
 
 
 def main(argv: list[str]) -> None:
-    command, question, flags = evaluation.read_command(
-        argv, "bard.py", __doc__, {"ask": True, "measure": False})
-    settings = config.load(
-        AskSettings if command == "ask" else MeasureSettings, flags, prog=f"bard.py {command}",
+    command = read_command(argv, "bard.py", __doc__, ("ask", "measure"))
+    settings = cli.load(
+        AskSettings if command == "ask" else MeasureSettings, argv[1:], prog=f"bard.py {command}",
         description="Answer within a budget of tokens to think.",
-        default_config=evaluation.DEFAULT_CONFIG, shared=SHARED)
-    run_ask(question, settings) if command == "ask" else run_measure(settings)
+        default_config=evaluation.DEFAULT_CONFIG, shared=SHARED,
+        recorded=partial(recorded_settings, sorted(RECORDED | {"budgets", "budget_text"})))
+    check_paths(settings)
+    run_ask(settings) if command == "ask" else run_measure(settings)
 
 
 if __name__ == "__main__":
-    try:
+    with cli.reporting("bard.py"):
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"bard.py: {error}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from distil import Distance, Schedule
 from episode import Episode, load_episodes, save_episodes
+from infra.checks import learnable
 from infra.parallel import barrier, shuffled, uniform
 from infra.run import Run
 from settings import TrainSettings
@@ -133,7 +134,7 @@ class DistiLLM(Schedule):
         return [self.buffer[i] for i in drawn[: self.settings.batch_size]]
 
     def update(self, step: int, distance: float, written: list[Episode]) -> None:
-        if written:
+        if written := learnable(written):
             path = self.folder / f"step_{step:06d}.{self.run.rank:04d}.jsonl"
             save_episodes(path, written, self.tokenizer)
         barrier()

@@ -1,10 +1,9 @@
 """Questions and passages: files, prompts, answer normalisation and scores.
 
 Departures from the official code: question ids begin with their data set ("nq_train_0"), because NQ
-and HotpotQA both count from 0; no last batch is dropped; hits are counted on normalised text.
-Files are JSON lines: FlashRAG rows {"id", "question", "golden_answers", "metadata"}, or Search-R1
-rows, where "prompt", "data_source" and "reward_model" hold the same. "dataset" or "data_source"
-names the set, else the file does. Bytes that are not UTF-8 become U+FFFD.
+and HotpotQA both count from 0; no last batch is dropped; hits are whole words of normalised text;
+SQuAD's rule makes nothing of "A" and "?": they are kept, or each would equal the other.
+Files: formats/questions.py. "dataset" or "data_source" names the set, else the file does.
 `python data.py prepare` (world/prepare.py) makes training and test files from published ones.
 """
 
@@ -15,10 +14,9 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from infra.files import read_rows
 
 # Published numbers of rows (paper Table 9).
 TEST_SETS = {"nq": 3_610, "triviaqa": 11_313, "popqa": 14_267, "hotpotqa": 7_405,
@@ -38,25 +36,31 @@ PAPER_PROMPT = (
 PROMPTS = {"paper": PAPER_PROMPT, "short": "{question}"}  # short: the embedded world's
 
 
-def normalize_answer(text: str) -> str:
-    """SQuAD's order: lower case, no ASCII punctuation, no articles, single blanks."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+def normalize_answer(text: str, rule: str = "squad") -> str:
+    """SQuAD's order: lower case, no ASCII punctuation, no articles, single blanks. The other rules,
+    unicode and numbers, rewrite the text before (formats/answers.py)."""
+    if rule != "squad":
+        from formats.answers import REWRITES  # here, because the paper's rule needs none
+        text = REWRITES[rule](text)
+    text = text.lower()
+    bare = "".join(c for c in text if c not in string.punctuation)
+    words = re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    return " ".join(words or bare.split() or text.split())  # "A" and "?" stay what they are
 
 
-def exact_match(prediction: str | None, golds: Sequence[str]) -> float:
+def exact_match(prediction: str | None, golds: Sequence[str], rule: str = "squad") -> float:
     """Eq. 3: 1 if the prediction equals any gold answer, both normalised. None scores 0."""
-    answer = None if prediction is None else normalize_answer(prediction)
-    return float(any(answer == normalize_answer(gold) for gold in golds))
+    answer = None if prediction is None else normalize_answer(prediction, rule)
+    return float(any(answer == normalize_answer(gold, rule) for gold in golds))
 
 
-def f1(prediction: str | None, golds: Sequence[str]) -> float:
+def f1(prediction: str | None, golds: Sequence[str], rule: str = "squad") -> float:
     """SQuAD's F1 of the normalised words, the best over the gold answers (not in paper)."""
     if prediction is None:
         return 0.0
-    words, best = normalize_answer(prediction).split(), 0.0
+    words, best = normalize_answer(prediction, rule).split(), 0.0
     for gold in golds:
-        gold_words = normalize_answer(gold).split()
+        gold_words = normalize_answer(gold, rule).split()
         num_shared = (Counter(words) & Counter(gold_words)).total()
         num_words = len(words) + len(gold_words)
         best = max(best, 2 * num_shared / num_words if num_words else 1.0)
@@ -65,17 +69,24 @@ def f1(prediction: str | None, golds: Sequence[str]) -> float:
 
 class Passage(NamedTuple):
     id: str
-    title: str
+    title: str  # as the corpus has it: Search-R1's has quotes around it
     text: str
     score: float  # the retriever's
 
+    @property
+    def name(self) -> str:
+        """The title without quotes around it."""
+        is_quoted = len(self.title) > 1 and self.title[0] == self.title[-1] == '"'
+        return self.title[1:-1] if is_quoted else self.title
 
-def hit(passages: Iterable[Passage], golds: Sequence[str]) -> bool:
+
+def hit(passages: Iterable[Passage], golds: Sequence[str], rule: str = "squad", *,
+        whole_words: bool = True) -> bool:
     """Whether the title or text of a passage contains a gold answer, both normalised."""
-    # A gold answer that normalises to nothing ("The") would be in every text: it is never a hit.
-    wanted = [gold for gold in map(normalize_answer, golds) if gold]
-    texts = [normalize_answer(f"{passage.title} {passage.text}") for passage in passages]
-    return any(gold in text for gold in wanted for text in texts)
+    from formats.answers import contains  # here, because training counts no hits
+    texts = (f"{passage.title} {passage.text}" for passage in passages)
+    normalize = partial(normalize_answer, rule=rule)
+    return contains(texts, golds, normalize, whole_words=whole_words)
 
 
 @dataclass(frozen=True)
@@ -89,16 +100,20 @@ class Question:
     context: list[dict[str, Any]] | None = None  # paragraphs: title, text, is_supporting
     instruction: str = ""  # what the agent is told after the question
     match: Callable[[str | None, Sequence[str]], float] = exact_match  # answer and golds -> score
+    answer_rule: str = "squad"  # of normalize_answer
 
 
-def load_questions(path: Path | str, *, limit: int | None = None) -> list[Question]:
-    """The (first `limit`) questions of a JSON-lines file, in its order, with unique ids."""
+def load_questions(path: Path | str, *, limit: int | None = None,
+                   answer_rule: str = "squad") -> list[Question]:
+    """The (first `limit`) questions of a file, in its order, with unique ids."""
+    from formats.questions import read_question_rows  # here, because only files need it
     path = Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1, or none for all rows")
     questions: dict[str, Question] = {}
-    for number, row in itertools.islice(read_rows(path), limit):
-        question = parse_question(row, path.stem, str(len(questions)), f"{path}:{number}")
+    source = path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    for where, row in itertools.islice(read_question_rows(path), limit):
+        question = parse_question(row, source, str(len(questions)), where, answer_rule)
         name, copy = question.id, 1
         while name in questions:
             copy += 1
@@ -107,35 +122,33 @@ def load_questions(path: Path | str, *, limit: int | None = None) -> list[Questi
     return list(questions.values())
 
 
-def parse_question(row: dict[str, Any], source: str, id: str, where: str) -> Question:
-    """The question of a row in either format; `source` and `id` are used if it has none."""
+def parse_question(row: dict[str, Any], source: str, id: str, where: str,
+                   answer_rule: str = "squad") -> Question:
+    """The question of a row in any format; `source` and `id` are used if it has none."""
+    from formats.questions import as_flashrag
+    keys = ", ".join(row)
+
     def check(ok: bool, key: str, value: Any, expected: str) -> None:
         if not ok:
-            raise ValueError(f"{where}: got {str(value)[:60]!r} for {key}, expected {expected}")
+            raise ValueError(f"{where}: got {str(value)[:60]!r} for {key}, expected {expected}; "
+                             f"the row's keys: {keys[:200]}")
 
-    for key, inner in (("prompt", ("role", "content")), ("context", ("title", "text"))):
-        value = row.get(key) or []
-        ok = isinstance(value, list) and all(
-            isinstance(v, dict) and all(isinstance(v.get(k), str) for k in inner) for v in value)
-        check(ok, key, value, f"a list of objects with the strings {' and '.join(inner)}")
-    prompt, context = row.get("prompt") or None, row.get("context") or None
+    row = as_flashrag(row, where)
     source = row.get("dataset") or row.get("data_source") or source
     check(isinstance(source, str), "dataset", source, "a name")
     text, answers = row.get("question"), row.get("golden_answers")
-    if text is None and prompt:  # some Search-R1 rows hold the question in the prompt alone
-        text = prompt[-1]["content"].rpartition("Question:")[2].strip()
     check(isinstance(text, str) and bool(text.strip()), "question", text, "a text")
-    if answers is None and isinstance(reward := row.get("reward_model"), dict):
-        truth = reward.get("ground_truth")
-        answers = truth.get("target") if isinstance(truth, dict) else None
-    ok = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
-    check(bool(ok), "golden_answers", answers, "a list of one or more strings")
+    ok = isinstance(answers, list) and all(isinstance(a, str) and a.strip() for a in answers)
+    check(ok and bool(answers), "golden_answers", answers,
+          'a list of one or more strings, none of them blank ("42", not 42)')
     metadata = row.get("metadata") or {}
     check(isinstance(metadata, dict), "metadata", metadata, "an object")
     metadata = metadata | {key: value for key, value in row.items() if key not in ROW_KEYS}
     id = id if row.get("id") is None else str(row["id"])
     id = id if id.startswith(f"{source}_") else f"{source}_{id}"
-    return Question(id, text, tuple(answers), source, prompt, metadata, context)
+    match = exact_match if answer_rule == "squad" else partial(exact_match, rule=answer_rule)
+    return Question(id, text, tuple(answers), source, row.get("prompt") or None, metadata,
+                    row.get("context") or None, match=match, answer_rule=answer_rule)
 
 
 def build_messages(question: Question, prompt: str) -> list[dict[str, str]]:
@@ -151,7 +164,8 @@ def build_messages(question: Question, prompt: str) -> list[dict[str, str]]:
         if "{question}" not in template:
             raise ValueError(f"{prompt}: got no {{question}}, expected it in the question's place")
         # Without blanks and with a question mark, as in the official data.
-        text = question.question.strip().removesuffix("?") + "?"
+        text = question.question.strip()
+        text += "" if text.endswith("?") else "?"
         # Not str.format, because braces in a template are text.
         messages = [{"role": "user", "content": template.replace("{question}", text)}]
     if question.instruction:

@@ -15,8 +15,7 @@ DistiLLM, TAID), group_advantages (GRPO); baselines.py has the rest.
 Symbols: pi_theta student, pi_g teacher ("guide" where it may also be the initial policy), y* gold
 answer, rho ratio, A advantages, M response_mask, beta beta, eps clip_eps, lambda kl_weight.
 Shapes: B episodes, T tokens, V vocabulary, N selected rows. Every per-token tensor is [B, T];
-entry t is about token t given the tokens before it. response_mask is bool, True exactly on tokens
-that the policy sampled.
+entry t is about token t given those before it. response_mask: True on tokens the policy sampled.
 """
 
 import math
@@ -51,15 +50,15 @@ DIVERGENCES = ("forward", "reverse", "skew", "skew_reverse", "jsd", "taid")
 
 def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward", mix: float = 0.1) -> Tensor:
     """How far the student's p is from the teacher's q, nats: log-probabilities [N, V] -> [N]."""
-    if kind == "forward":  # Eq. 1's second term
+    if kind == "forward" or (kind, mix) == ("jsd", 0):  # Eq. 1's second term; limit of JSD / mix
         return kl(log_q, log_p)
-    if kind == "reverse":  # GKD, MiniLLM
+    if kind == "reverse" or (kind, mix) == ("jsd", 1):  # GKD, MiniLLM; limit of JSD / (1 - mix)
         return kl(log_p, log_q)
     if kind == "skew":  # DistiLLM
         return kl(log_q, log_mixture(log_q, log_p, mix))
     if kind == "skew_reverse":  # DistiLLM
         return kl(log_p, log_mixture(log_p, log_q, mix))
-    if kind == "jsd":  # GKD
+    if kind == "jsd" and 0 < mix < 1:  # GKD
         log_m = log_mixture(log_q, log_p, mix)
         return mix * kl(log_q, log_m) + (1 - mix) * kl(log_p, log_m)
     if kind == "taid":  # KL(r || p), r ~ p^(1 - mix) q^mix without gradient: interpolated logits
@@ -73,9 +72,9 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def log_mixture(log_a: Tensor, log_b: Tensor, mix: float) -> Tensor:
-    """log(mix a + (1 - mix) b), 0 <= mix < 1."""
-    if mix == 0:
-        return log_b
+    """log(mix a + (1 - mix) b), 0 <= mix <= 1."""
+    if mix in (0, 1):
+        return log_a if mix else log_b
     return torch.logaddexp(log_a + math.log(mix), log_b + math.log1p(-mix))
 
 
@@ -115,8 +114,7 @@ def kl_rewards(scores: Tensor, old_logprobs: Tensor, guide_logprobs: Tensor,
     """Eq. 4 as rewards of tokens [B, T]: the score on the last response token of each episode, and
     -beta (log pi_theta - log pi_g) on each response token of the guided episodes.
 
-    scores [B], the others [B, T]; where, threshold: see guided_episodes. Rows without a guide may
-    hold NaN, because `where` selects them and nothing multiplies them.
+    scores [B]; where, threshold: see guided_episodes. Rows without a guide may hold NaN.
     """
     guided = guided_episodes(scores, where, threshold=threshold)  # [B]
     penalty = -beta * (old_logprobs - guide_logprobs)  # [B, T], Eq. 4's second case
@@ -135,8 +133,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     """Generalised advantage estimation over the response tokens (Schulman et al., 2016).
 
     delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lambda A_next. "Next" is the next
-    response token: retrieved text is the environment's answer, not a step. V = 0 after the last.
-    All [B, T]; returns (advantages, returns = advantages + values), 0 off the mask.
+    response token; V = 0 after the last. All [B, T] -> (advantages, returns = A + V), 0 elsewhere.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]
@@ -155,7 +152,7 @@ def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int) ->
 
     A = (R - mean) / (std + 1e-6), unbiased std, on every response token: [B, T], [B, T] -> [B, T].
     Consecutive rows of group_size are a group. An episode without a response token (a failed
-    search) does not count. Equal rewards, or a single episode, give zeros.
+    search) does not count. Rewards that are equal but for rounding, or a single one, give zeros.
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_advantages: got {len(rewards)} episodes in groups of "
@@ -165,6 +162,8 @@ def group_advantages(rewards: Tensor, response_mask: Tensor, group_size: int) ->
     n = counts.sum(1, keepdim=True)
     mean = total.where(counts, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
     centred = torch.where(counts, total - mean, 0.0)
+    rounding = 8 * torch.finfo(total.dtype).eps * total.abs().amax(1, keepdim=True)
+    centred = centred.where(centred.abs().amax(1, keepdim=True) > rounding, 0.0)
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     return torch.where(response_mask, (centred / (std + 1e-6)).view(-1, 1), 0.0)
 
@@ -218,11 +217,14 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor,
     return PolicyLoss(loss, clip_frac, approx_kl, response_mask.sum(), terms)
 
 
-def kl_penalty(logprobs: Tensor, guide_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """GRPO's k3 = pi_g / pi - log(pi_g / pi) - 1, nats (Shao et al., 2024); 0 where pi_g is NaN."""
+def kl_penalty(logprobs: Tensor, guide_logprobs: Tensor, response_mask: Tensor, *,
+               kind: str = "k3") -> Tensor:
+    """A KL as a term of a token's loss, nats; 0 where pi_g is NaN. Its expected gradient is that of
+    KL(pi_g || pi) for k3 = pi_g / pi - log(pi_g / pi) - 1 (GRPO, Shao et al., 2024), and of Eq. 4's
+    KL(pi || pi_g) for k2 = log(pi / pi_g)^2 / 2."""
     guided = response_mask & ~guide_logprobs.isnan()
     gap = torch.where(guided, guide_logprobs - logprobs, 0.0)
-    return gap.exp() - gap - 1
+    return gap.exp() - gap - 1 if kind == "k3" else gap.square() / 2
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *,
@@ -234,5 +236,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, response_mas
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     error, error_clipped = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_sum(torch.maximum(error, error_clipped), response_mask)
-    clip_frac = masked_sum((error_clipped > error).float(), response_mask).detach()
+    is_clipped = (error_clipped > error) & ((values - old_values).abs() > clip_eps)  # no rounding
+    clip_frac = masked_sum(is_clipped.float(), response_mask).detach()
     return ValueLoss(loss, clip_frac, response_mask.sum())

@@ -54,7 +54,7 @@ def distil_loss(student: Policy, teacher: Policy | None, packed: Packed,
                 **options) -> tuple[Tensor, Tensor]:
     """Eq. 1, summed over the response tokens: (loss [], distance from the teacher [], detached).
 
-    options: see dgpo.kd_loss. Without a teacher the loss is the cross-entropy alone.
+    options: see dgpo.kd_loss, at temperature 1 whatever sampled. No teacher: cross-entropy alone.
     """
     targets = packed.ids[packed.response_mask]
     rows = response_rows(student.decoder, packed)  # [N, D], N response tokens, D width
@@ -72,6 +72,8 @@ def distil(run: Run, settings: TrainSettings, student: Policy, teacher: Policy |
            session: Session, task: Task, schedule: Schedule) -> None:
     """Train the student for the schedule's steps. teacher: None for the cross-entropy alone."""
     shard_models(settings, student, teacher)
+    from infra.checks import check_warm_up
+    check_warm_up("kd", settings.kd_warmup_steps, schedule.num_steps)
     run.start(schedule.num_steps, settings.batch_size, {"student": student.decoder}, schedule)
     for step in run.steps():
         if run.score is not None and 0 < settings.until_score <= run.score:

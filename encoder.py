@@ -1,17 +1,17 @@
-"""Encoder: BERT-type networks (E5, MiniLM), from N texts of T tokens to vectors of width D."""
+"""Encoder: N texts of T tokens to vectors of width D, by a BERT, a RoBERTa or a decoder."""
 
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor, nn
 
-from infra.files import blaming, file_in, read_json, resolve
+from formats.encoders import DECODERS, ROBERTAS, Prefixes, public_name, read_recipe
+from infra.files import blaming, file_in, resolve
 from tokenizer import text_tokenizer
-from weights import check, fill
+from weights import fill
 
 
 class EncoderLayer(nn.Module):
@@ -39,46 +39,83 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Texts to vectors: BERT, mean over the tokens of a text, L2 norm."""
+    """Texts to vectors: a network, one vector for the tokens of a text, layers after it, norm."""
 
-    def __init__(self, config: dict, tokenizer: RawTokenizer, prefixes: dict[str, str],
-                 max_tokens: int = 256) -> None:
+    def __init__(self, config: dict, tokenizer: RawTokenizer, prefixes: Prefixes,
+                 decoder: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.tokenizer, self.prefixes = config, tokenizer, prefixes
+        self.pooling, self.normalize, self.lowercase, self.notes = "mean", True, False, ()
+        self.num_cut = 0  # texts so far that had more than max_tokens
         width, num_positions = config["hidden_size"], config["max_position_embeddings"]
-        self.tokenizer.enable_truncation(min(max_tokens, num_positions))
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(config["vocab_size"], width),
-            "position_embeddings": nn.Embedding(num_positions, width),
-            "token_type_embeddings": nn.Embedding(config.get("type_vocab_size", 2), width),
-            "LayerNorm": nn.LayerNorm(width, config.get("layer_norm_eps", 1e-12))})
-        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config["num_hidden_layers"]))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        # A RoBERTa counts positions from behind the id of its padding.
+        is_roberta = config.get("model_type") in ROBERTAS
+        self.first_position = 1 + (config.get("pad_token_id") or 0) if is_roberta else 0
+        self.limit(num_positions - self.first_position)
+        self.decoder, self.dense = decoder, nn.ModuleList()
+        if decoder is None:
+            self.embeddings = nn.ModuleDict({
+                "word_embeddings": nn.Embedding(config["vocab_size"], width),
+                "position_embeddings": nn.Embedding(num_positions, width),
+                "token_type_embeddings": nn.Embedding(config.get("type_vocab_size", 2), width),
+                "LayerNorm": nn.LayerNorm(width, config.get("layer_norm_eps", 1e-12))})
+            layers = nn.ModuleList(EncoderLayer(config) for _ in range(config["num_hidden_layers"]))
+            self.encoder = nn.ModuleDict({"layer": layers})
+
+    @property
+    def width(self) -> int:
+        return self.dense[-1]["linear"].out_features if self.dense else self.config["hidden_size"]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.truncation["max_length"]
+
+    def limit(self, max_tokens: int) -> None:
+        """Cut texts to max_tokens, counting the tokens that are put around a text."""
+        least = self.tokenizer.num_special_tokens_to_add(False) + 1
+        most = self.config["max_position_embeddings"] - self.first_position
+        if not least <= max_tokens <= most:
+            raise ValueError(f"--max-tokens: got {max_tokens}, expected {least} to {most}, which "
+                             "this encoder has positions for")
+        self.tokenizer.enable_truncation(max_tokens)
+
+    def __str__(self) -> str:
+        prefixes = ", ".join(f'{kind} "{text}"' for kind, text in self.prefixes.items())
+        norm = "normalised" if self.normalize else "not normalised"
+        parts = (f"pooling {self.pooling}", norm, f"prefixes {prefixes}",
+                 f"{self.max_tokens} tokens", *self.notes)
+        return ", ".join(parts)
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """ids [N, T], right-padded, with [CLS] and [SEP]; valid_mask [N, T]."""
-        rows = [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
-        pad_id = self.config.get("pad_token_id") or 0
+        encodings, pad_id = self.tokenizer.encode_batch(texts), self.config.get("pad_token_id") or 0
+        self.num_cut += sum(bool(encoding.overflowing) for encoding in encodings)
+        rows = [torch.tensor(encoding.ids or [pad_id]) for encoding in encodings]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
         valid_mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-        device = self.embeddings["word_embeddings"].weight.device
+        device = next(self.parameters()).device
         return ids.to(device), valid_mask.to(device)
 
     def forward(self, ids: Tensor, valid_mask: Tensor) -> Tensor:
-        positions = self.embeddings["position_embeddings"].weight[: ids.shape[1]]
-        x = self.embeddings["word_embeddings"](ids) + positions  # [N, T, D]
-        x = self.embeddings["LayerNorm"](x + self.embeddings["token_type_embeddings"].weight[0])
-        for layer in self.encoder["layer"]:
-            x = layer(x, valid_mask[:, None, None])
-        x = x.float().masked_fill(~valid_mask[:, :, None], 0.0).sum(1)  # fp32 from here
-        return F.normalize(x / valid_mask.sum(1, keepdim=True), dim=-1)  # [N, D]
+        if self.decoder is not None:  # causal, so that padding at the right needs no mask
+            x = self.decoder.hidden(ids)
+        else:
+            positions = self.embeddings["position_embeddings"].weight[self.first_position :]
+            x = self.embeddings["word_embeddings"](ids) + positions[: ids.shape[1]]  # [N, T, D]
+            x = self.embeddings["LayerNorm"](x + self.embeddings["token_type_embeddings"].weight[0])
+            for layer in self.encoder["layer"]:
+                x = layer(x, valid_mask[:, None, None])
+        x = pool(x.float(), valid_mask, self.pooling)  # fp32 from here
+        for layer in self.dense:
+            x = layer["activation"](layer["linear"](x))
+        return F.normalize(x, dim=-1) if self.normalize else x  # [N, D]
 
     @torch.no_grad()
     def embed(self, texts: list[str], *, kind: str, batch_size: int = 64) -> Tensor:
-        """Unit vectors [N, D], fp32; `kind` ("query" or "passage") selects the prefix."""
+        """Vectors [N, D], fp32; `kind` ("query" or "passage") selects the prefix."""
         texts = [self.prefixes[kind] + text for text in texts]
-        device = self.embeddings["word_embeddings"].weight.device
-        vectors = torch.empty(len(texts), self.config["hidden_size"], device=device)
+        texts = [text.lower() for text in texts] if self.lowercase else texts
+        vectors = torch.empty(len(texts), self.width, device=next(self.parameters()).device)
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # less padding
         for start in range(0, len(texts), batch_size):
             rows = by_length[start : start + batch_size]
@@ -86,65 +123,51 @@ class Encoder(nn.Module):
         return vectors
 
 
+def pool(x: Tensor, valid_mask: Tensor, pooling: str) -> Tensor:
+    """One vector [N, D] for the valid states of each row of x [N, T, D]."""
+    counts = valid_mask.sum(1, keepdim=True)  # [N, 1]
+    if pooling == "cls":
+        return x[:, 0]
+    if pooling == "lasttoken":
+        return x[torch.arange(len(x), device=x.device), counts.squeeze(1) - 1]
+    if pooling == "max":
+        return x.masked_fill(~valid_mask[:, :, None], -torch.inf).amax(1)
+    if pooling == "weightedmean":  # by position, from 1 on
+        weights = valid_mask.cumsum(1) * valid_mask
+        x, counts = x * weights[:, :, None], weights.sum(1, keepdim=True)
+    total = x.masked_fill(~valid_mask[:, :, None], 0.0).sum(1)
+    return total / (counts.sqrt() if pooling == "mean_sqrt_len_tokens" else counts)
+
+
 def load_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> Encoder:
-    """Load a checkpoint folder or id; ValueError or FileNotFoundError names what does not fit."""
-    folder = resolve(path)
-    prompts = read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}
+                 device: torch.device | str = "cpu", prefixes: dict[str, str | None] | None = None,
+                 max_tokens: int | None = None,
+                 load_decoder: Callable[..., nn.Module]) -> Encoder:
+    """model.load_encoder, which hands its load_decoder in. prefixes, max_tokens: in place of the
+    folder's; None, also for one kind of text: as the folder says."""
+    recipe = read_recipe(path, resolve(path))
+    folder, config = recipe.folder, recipe.config
     with blaming(folder / "tokenizer.json", "a tokenizer"):
         tokenizer = text_tokenizer(file_in(folder, "tokenizer.json"))
-    with blaming(folder / "config.json", "the configuration of a BERT"), torch.device("meta"):
-        config = _bert_config(folder)
-        # Prefixes that the folder does not name are E5's for a model with "e5" in its name.
-        is_e5 = "e5" in f"{folder.resolve().name} {config.get('_name_or_path', '')}".lower()
-        prefixes = {kind: prompts.get(kind, f"{kind}: " if is_e5 else "")
-                    for kind in ("query", "passage")}
-        encoder = Encoder(config, tokenizer, prefixes)
-    fill(encoder, folder, _bert_name, dtype=dtype, device=device, twin={})
+    decoder = None
+    if config["model_type"] in DECODERS:
+        decoder = load_decoder(folder, dtype=dtype, device=device, with_head=False)
+    given = {kind: text for kind, text in (prefixes or {}).items() if text is not None}
+    with blaming(folder / "config.json", "sizes that fit together"), torch.device("meta"):
+        encoder = Encoder(config, tokenizer, recipe.prefixes | given, decoder)
+    if decoder is None:
+        fill(encoder, folder, public_name, dtype=dtype, device=device, twin={})
+    for dense_folder, layer in recipe.dense:
+        sizes = layer["in_features"], layer["out_features"], layer.get("bias", True)
+        with torch.device("meta"):
+            dense = nn.ModuleDict({"linear": nn.Linear(*sizes),
+                                   "activation": getattr(nn, layer["activation"])()})
+        fill(dense, dense_folder, str, dtype=torch.float32, device=device, twin={})
+        encoder.dense.append(dense)
+    encoder.pooling, encoder.normalize = recipe.pooling, recipe.normalize
+    encoder.lowercase, encoder.notes = recipe.lowercase, recipe.notes
+    most = encoder.max_tokens
+    with blaming(folder / "max_seq_length", "a length of texts"):
+        encoder.limit(min(recipe.max_tokens or most, most))
+    encoder.limit(encoder.max_tokens if max_tokens is None else max_tokens)
     return encoder.eval()
-
-
-def _bert_config(folder: Path) -> dict:
-    config, key = read_json(folder / "config.json"), "pooling_mode_mean_tokens"
-    where = f"{folder}/config.json"
-    pooling = read_json(folder / "1_Pooling" / "config.json", {})
-    if key in config:
-        config, pooling = _bert_sizes(folder), config
-    check(where, "model_type", config.get("model_type"), "bert")
-    check(where, "hidden_act", config.get("hidden_act", "gelu"), "gelu")
-    positions = config.get("position_embedding_type", "absolute")
-    check(where, "position_embedding_type", positions, "absolute")
-    check(where, key, pooling.get(key, True), True)
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "max_position_embeddings"):
-        if type(config.get(key)) is not int or not 0 < config[key] < 2**24:
-            raise ValueError(f"{where}: got {key} {config.get(key)!r}, expected a size")
-    remainder = config["hidden_size"] % config["num_attention_heads"]
-    check(where, "hidden_size % num_attention_heads", remainder, 0)
-    pad_id = config.get("pad_token_id") or 0
-    if type(pad_id) is not int or not 0 <= pad_id < config["vocab_size"]:
-        raise ValueError(f"{where}: got pad_token_id {pad_id!r}, expected a token; copy it again")
-    return {**config, "layer_norm_eps": float(config.get("layer_norm_eps", 1e-12))}
-
-
-def _bert_sizes(folder: Path) -> dict:
-    """The config.json of a flat copy, in which 1_Pooling/config.json has taken its place."""
-    with safe_open(file_in(folder, "model.safetensors"), "pt") as file:
-        shapes = {_bert_name(name): file.get_slice(name).get_shape() for name in file.keys()}
-    vocab, width = shapes["embeddings.word_embeddings.weight"]
-    # Heads are 64 wide in published BERTs, but MiniLM and E5-small have 12 in 384.
-    heads = 12 if width == 384 else max(1, width // 64)
-    warnings.warn(f"{folder}/config.json: got a pooling configuration; sizes are the tensors', and "
-                  f"{heads} heads are assumed: copy the published config.json there", stacklevel=4)
-    layers = [name for name in shapes if name and name.endswith("query.weight")]
-    return {"model_type": "bert", "vocab_size": vocab, "hidden_size": width,
-            "intermediate_size": shapes["encoder.layer.0.intermediate.dense.weight"][0],
-            "num_hidden_layers": len(layers), "num_attention_heads": heads,
-            "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
-            "type_vocab_size": shapes["embeddings.token_type_embeddings.weight"][0]}
-
-
-def _bert_name(name: str) -> str | None:
-    name = name.removeprefix("bert.")
-    name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-    return None if name.startswith(("pooler.", "cls.")) or name.endswith("position_ids") else name

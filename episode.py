@@ -25,6 +25,7 @@ QUESTION_KEYS = ("id", "question", "golden_answers", "source")
 OPTIONAL_KEYS = ("metadata", "instruction")  # of a question, too
 OUTCOME_KEYS = ("status", "answer", "score", "queries")
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 INFORMATION_END = "</information>\n\n"
 
 
@@ -74,7 +75,7 @@ def begin_episode(tokenizer: Tokenizer, question: Question, prompt: str, *,
     """An episode before its first turn, which begins with the text `opens` ("<answer>", say).
     prompt: see data.build_messages; shown: token ids that the agent reads after it."""
     segments = [prompt_segment(tokenizer, question, prompt)]
-    if ids := [*shown, *tokenizer.encode(opens)]:
+    if ids := [*shown, *tokenizer.encode(opens, own=True)]:
         segments.append(Segment("environment", ids, opens=opens))
     return Episode(question, segments)
 
@@ -110,11 +111,12 @@ class Protocol(NamedTuple):
     notice: str  # the answer to an invalid action
     max_queries: int = 0  # of one search; the others are dropped and counted. 0: any number
     # Called after each token that does not end a turn; returns what the environment puts in there.
+    # The turn is read from there on, with Segment.opens: "<think>" if a thought shall go on.
     interrupt: Callable[[Episode, Tokenizer], Segment | None] | None = None
 
 
 def document_block(passages: Sequence[Passage]) -> str:
-    documents = [f'Doc {i}(Title: "{p.title}") {p.text}\n' for i, p in enumerate(passages, 1)]
+    documents = [f'Doc {i}(Title: {p.title}) {p.text}\n' for i, p in enumerate(passages, 1)]
     return f"\n\n<information>{''.join(documents).strip()}{INFORMATION_END}"
 
 
@@ -124,9 +126,14 @@ SEARCH_R1 = Protocol(
     "between the search tags, or the final answer between the answer tags.\n")
 
 
+def outside_thoughts(text: str) -> str:
+    """A turn's text without its closed thoughts. An open one, a stray tag, <THINK> are text."""
+    return THOUGHT.sub(" ", text)
+
+
 def parse_action(text: str, protocol: Protocol = SEARCH_R1) -> Action:
-    """The first complete action of one agent turn; an empty one is invalid."""
-    match = ACTION.search(text)
+    """The first complete action of one agent turn, outside of thoughts; an empty one is invalid."""
+    match = ACTION.search(outside_thoughts(text))
     content = match[2].strip() if match else ""
     if content and match[1] == "answer":
         return Action("answer", content)
@@ -143,12 +150,14 @@ def unique_passages(results: Sequence[Sequence[Passage]]) -> list[Passage]:
 def observation_ids(tokenizer: Tokenizer, passages: Sequence[Passage], max_tokens: int,
                     protocol: Protocol = SEARCH_R1) -> list[int]:
     """Tokens of the block of passages, at most max_tokens: a longer body is cut at its end."""
-    text = protocol.observation(passages)
-    ids = tokenizer.encode(text)
-    if len(ids) <= max_tokens:
+    def block(outside: Callable[[str], str]) -> str:  # no tag in a passage is one of ours
+        shown = [p._replace(title=outside(p.title), text=outside(p.text)) for p in passages]
+        return protocol.observation(shown)
+
+    if len(ids := tokenizer.compose(block)) <= max_tokens:
         return ids
-    end = tokenizer.encode(protocol.observation_end)
-    body = tokenizer.encode(text.removesuffix(protocol.observation_end))
+    end = tokenizer.encode(protocol.observation_end, own=True)
+    body = tokenizer.compose(lambda outside: block(outside).removesuffix(protocol.observation_end))
     return body[: max(0, max_tokens - len(end))] + end
 
 
@@ -184,7 +193,8 @@ def load_episodes(path: Path | str, tokenizer: Tokenizer, *, prompt: str,
         if episode.question.question and not has_prompt:
             episode.segments.insert(0, prompt_segment(tokenizer, episode.question, prompt))
         episodes.append(episode)
-    return episodes
+    from infra.checks import keep_learnable  # here, because `import train` should load little
+    return keep_learnable(path, episodes)
 
 
 def parse_episode(row: dict, tokenizer: Tokenizer, where: str) -> Episode:
@@ -201,7 +211,7 @@ def parse_episode(row: dict, tokenizer: Tokenizer, where: str) -> Episode:
             raise TypeError(f"question, instruction and answer {texts}")
         segments = []
         for part in row["segments"]:
-            ids = part["ids"] if "ids" in part else tokenizer.encode(part["text"])
+            ids = part["ids"] if "ids" in part else tokenizer.segment(part, is_first=not segments)
             segments.append(Segment(part["author"], [index(i) for i in ids]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: got {type(error).__name__}: {error}; expected id, question, "

@@ -15,6 +15,7 @@ Departures from the official evaluation
     python eval.py table RESULT.json ...        # one row each, the paper's columns
     python eval.py compare A.json B.json        # A - B, paired bootstrap
     python eval.py compare A0.json A1.json --against B0.json B1.json     # several seeds a side
+    python eval.py plot RUN_DIR ... [--metrics loss/kd,rollout/score] [--out FILE.svg]
 
 An evaluation writes result.json (the summary), .jsonl (a line for each question), .csv and .txt.
 
@@ -27,7 +28,6 @@ Gold passages are the supporting paragraphs of a row's `context`. For a row with
 the corpus's passages with the titles in `metadata.hops`.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -35,19 +35,23 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ask import split_words
+from ask import RECORDED
 from data import TEST_SETS, Passage, Question, f1, hit, load_questions
 from episode import STATUSES, Episode, begin_episode, observation_ids, save_episodes
-from infra import config
+from infra import cli, config
 from infra.config import setting
+from infra.files import read_json, resolve
 from infra.parallel import pick_device
-from retriever import Retriever
+from infra.programs import check_paths
+from infra.record import model_name, recorded_settings
+from retriever import Retriever, open_retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
 from session import load_policy
 
@@ -60,7 +64,7 @@ MEASURES = ("em", "f1", "hit", "first_hit", "searches", "agent_tokens", *STATUSE
 # What an evaluation takes from a training preset: what is searched and how an episode runs. How
 # training samples (temperature, seed) and what it trains on do not carry over.
 SHARED = ("corpus", "encoder", "index", "device", "protocol", "prompt", "max_turns", "top_k",
-          "max_new_tokens", "max_obs_tokens", "max_context_tokens", "rollout_rows")
+          "max_new_tokens", "max_obs_tokens", "max_context_tokens", "rollout_rows", "answer_rule")
 
 Record = dict[str, Any]  # a result, or a row of one
 Intervals = dict[str, tuple[float, float, float]]  # set -> (mean, low, high)
@@ -71,20 +75,22 @@ class AgentSettings(RolloutSettings):
     """An agent that is watched or measured, not trained."""
 
     temperature: float = setting(0.0, "0: greedy; 1: as the official evaluation samples")
-    model: str = setting("runs/dgpo", "checkpoint of the agent (folder or hub id)")
+    model: str = setting("runs/dgpo", "checkpoint of the agent (folder or hub id)", reads="DIR")
     dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
-    device: str = setting("auto", "cpu, cuda, mps; auto: cuda where there is one")
-    seed: int = setting(0, "sampling noise, at a temperature above 0")
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda where there is one")
+    seed: int = setting(0, "sampling noise, at a temperature above 0", at_most=2**53)
 
 
 @dataclass
 class EvalSettings(AgentSettings):
-    corpus: str = setting("world/corpus.jsonl", "passages, JSONL")
-    encoder: str = setting("world/encoder", "checkpoint of the passage encoder")
+    corpus: str = setting("world/corpus.jsonl", "passages, JSONL", reads="FILE")
+    encoder: str = setting("world/encoder", "checkpoint of the passage encoder", reads="DIR")
     name: str = setting("", "its name in tables; empty: the last part of model")
-    questions: tuple[str, ...] = setting(QUESTION_FILES, "question files, JSONL")
-    limit: int | None = setting(None, "only the first questions of each file")
-    out: str = setting("", "folder to write; empty: runs/eval/<name>")
+    questions: tuple[str, ...] = setting(QUESTION_FILES, "question files", reads="FILE")
+    limit: int | None = setting(None, "only the first questions of each file", at_least=1)
+    hit_rule: str = setting("words", "a passage has an answer as whole words, or (published) also "
+                            "inside a word", choices=("words", "substring"))
+    out: str = setting("", "folder to write; empty: runs/eval/<name>", writes="DIR")
     episodes: bool = setting(False, "also write every episode, token by token, to episodes.jsonl")
 
 
@@ -94,7 +100,7 @@ class EvalSettings(AgentSettings):
 def evaluate(
     policy: Policy, retriever: Retriever | None, question_sets: dict[str, list[Question]],
     settings: RolloutSettings, *, seed: int = 0, progress: bool = False,
-    keep: list[Episode] | None = None,
+    keep: list[Episode] | None = None, hit_rule: str = "words",
 ) -> Record:
     """Answer every question and average what came of it.
 
@@ -105,7 +111,7 @@ def evaluate(
     for name, questions in question_sets.items():
         episodes = generate(policy, retriever, questions, settings, seed=set_seed(seed, name),
                             progress=name if progress else "")
-        rows += [score(name, episode) for episode in episodes]
+        rows += [score(name, episode, hit_rule) for episode in episodes]
         if keep is not None:
             keep += episodes
     return summarize(rows) | {"scores": rows}
@@ -116,13 +122,14 @@ def set_seed(seed: int, name: str) -> int:
     return seed + zlib.crc32(name.encode())
 
 
-def score(name: str, episode: Episode) -> Record:
+def score(name: str, episode: Episode, hit_rule: str = "words") -> Record:
     """The measures of one episode of set `name`, from its record alone, never from its text."""
-    golds = episode.question.golden_answers
-    hits = [hit(passages, golds) for passages in episode.passages]
+    golds, rule = episode.question.golden_answers, episode.question.answer_rule
+    hits = [hit(passages, golds, rule, whole_words=hit_rule == "words")
+            for passages in episode.passages]
     return {
         "set": name, "id": episode.question.id,
-        "em": episode.score, "f1": f1(episode.answer, golds),
+        "em": episode.score, "f1": f1(episode.answer, golds, rule),
         "hit": float(any(hits)), "first_hit": float(any(hits[:1])),
         "searches": episode.num_searches, "agent_tokens": episode.num_agent_tokens,
         "status": episode.status, "answer": episode.answer,
@@ -158,7 +165,8 @@ def sort_sets(names: set[str]) -> list[str]:
 
 
 def read_sets(
-    paths: Sequence[str], limit: int | None, answer_kinds: Sequence[str] = ("text",)
+    paths: Sequence[str], limit: int | None, answer_kinds: Sequence[str] = ("text",),
+    answer_rule: str = "squad",
 ) -> dict[str, list[Question]]:
     """Read question files and sort the questions into the sets that their rows name.
 
@@ -166,7 +174,7 @@ def read_sets(
     """
     sets: dict[str, list[Question]] = {}
     for path in paths:
-        for question in load_questions(path, limit=limit):
+        for question in load_questions(path, limit=limit, answer_rule=answer_rule):
             check_answer_kind(question, answer_kinds)
             sets.setdefault(question.source, []).append(question)
     for name, questions in sets.items():
@@ -217,7 +225,7 @@ def _parts(result: Record) -> dict[str, dict[str, float]]:
 
 def arcap(
     policy: Policy, retriever: Retriever, question_sets: dict[str, list[Question]],
-    settings: RolloutSettings, *, seed: int = 0, progress: bool = False,
+    settings: RolloutSettings, *, seed: int = 0, progress: bool = False, hit_rule: str = "words",
 ) -> dict[str, dict[str, float]]:
     """The parts of ARCap for each set.
 
@@ -225,7 +233,8 @@ def arcap(
     "with_thinking"}}. The last two are exact match over the num_gold questions whose gold passages
     are known, NaN if there are none.
     """
-    plain = evaluate(policy, retriever, question_sets, settings, seed=seed, progress=progress)
+    plain = evaluate(policy, retriever, question_sets, settings, seed=seed, progress=progress,
+                     hit_rule=hit_rule)
     protocol = load_protocol(settings.protocol)
     room = settings.max_context_tokens // 2  # the rest is for what the agent writes and searches
     result = {}
@@ -260,13 +269,14 @@ def gold_passages(
     by_title: dict[str, Passage] = {}
     for row in range(len(retriever.corpus) if wanted else 0):
         passage = retriever.corpus.passage(row, 0.0)
-        if passage.title in wanted:
-            by_title[passage.title] = passage
+        if passage.name in wanted:
+            by_title[passage.name] = passage
     gold = []
     for question, row in zip(questions, titles, strict=True):
         if question.context:
             supporting = [p for p in question.context if p.get("is_supporting")]
-            gold.append([Passage("", p["title"], p["text"], 0.0) for p in supporting])
+            # In quotes, as Search-R1's corpus has titles.
+            gold.append([Passage("", f'"{p["title"]}"', p["text"], 0.0) for p in supporting])
         else:
             gold.append([by_title[title] for title in row if title in by_title])
     return gold
@@ -373,6 +383,10 @@ def bootstrap(
 
 def compare(left: Sequence[Path], right: Sequence[Path], measure: str = "em") -> Intervals:
     """left - right on the same questions; several files of a side are seeds, averaged first."""
+    rules = {_rules(path, measure) for path in (*left, *right)}
+    if len(rules) > 1:
+        raise ValueError(f"compare: got {measure} by the rules {' and '.join(sorted(rules))}, "
+                         "expected one rule on both sides; evaluate both alike")
     ours, theirs = _mean_scores(left, measure), _mean_scores(right, measure)
     if ours.keys() != theirs.keys():
         raise ValueError(f"compare: got {len(ours)} and {len(theirs)} questions, "
@@ -392,6 +406,17 @@ def compare_correct(left: Sequence[Record], right: Sequence[Record]) -> Interval
 
     names = sort_sets(set(left[0]["correct"]))
     return bootstrap({name: mean(left, name) - mean(right, name) for name in names})
+
+
+def _rules(path: Path, measure: str) -> str:
+    """The rules by which a result was scored, as flags; results that name none are older."""
+    settings = read_json(path.with_suffix(".json"), {}).get("settings", {})
+    rules = []
+    if measure in ("em", "f1", "hit", "first_hit"):
+        rules.append(f"--answer-rule {settings.get('answer_rule', 'squad')}")
+    if measure in ("hit", "first_hit"):
+        rules.append(f"--hit-rule {settings.get('hit_rule', 'substring')}")
+    return " ".join(rules)
 
 
 def _mean_scores(paths: Sequence[Path], measure: str) -> dict[tuple[str, str], float]:
@@ -420,54 +445,39 @@ def load_agent(settings: AgentSettings) -> tuple[Policy, Retriever | None]:
 
 
 def load_retriever(settings: AgentSettings) -> Retriever:
-    return Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
-                          device=pick_device(settings.device))
+    return open_retriever(settings, pick_device(settings.device))
 
 
-def read_command(
-    argv: list[str], prog: str, doc: str, commands: dict[str, bool]
-) -> tuple[str, str, list[str]]:
-    """(command, question, flags) of a program, whose help is doc; or it ends with what is expected.
-
-    commands: each with whether it takes a question.
-    """
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command not in commands:
-        *names, last = commands
-        is_help = command in ("", "-h", "--help")
-        expected = f"{', '.join(names)} or {last}"
-        sys.exit(doc if is_help else f"{prog}: got {command!r}, expected {expected}")
-    words, flags = split_words(rest)
-    question = " ".join(words)
-    if commands[command] != bool(question):
-        expected = f'a question: {prog} {command} "who ..."' if not question else "no question"
-        sys.exit(f"{prog} {command}: got {question!r}, expected {expected}")
-    return command, question, flags
 
 
 def name_and_out(settings: EvalSettings, measured: str) -> tuple[str, Path]:
     """The name in tables of what is measured (a path or a word), and the folder of its result."""
-    name = settings.name or Path(measured).name
-    return name, Path(settings.out or f"runs/eval/{name}")
+    name = settings.name or model_name(measured)
+    return name, Path(settings.out or config.in_project(f"runs/eval/{name}"))
 
 
 def run_evaluation(settings: EvalSettings, *, is_arcap: bool) -> None:
     """Load, evaluate, write, print."""
-    sets = read_sets(settings.questions, settings.limit)  # mistakes show before the long loads
+    sets = read_sets(  # mistakes show before the long loads
+        settings.questions, settings.limit, answer_rule=settings.answer_rule)
+    load_protocol(settings.protocol)
     if is_arcap and settings.max_turns == 0:
         raise ValueError("arcap: got --max-turns 0, expected turns that search")
+    if Path(settings.model).is_dir():  # of a run that is not done: the state that is measured
+        settings = replace(settings, model=str(resolve(settings.model)))
     policy, retriever = load_agent(settings)
     name, out = name_and_out(settings, settings.model)
     result: Record = {"name": name, "settings": asdict(settings)}
     if is_arcap:
         result["arcap"] = arcap(
-            policy, retriever, sets, settings, seed=settings.seed, progress=True)
+            policy, retriever, sets, settings, seed=settings.seed, progress=True,
+            hit_rule=settings.hit_rule)
         write_result(out / "arcap.json", result)
         print(f"{arcap_table([result])}\n\nwrote {out}/arcap.json")
         return
     episodes: list[Episode] = []
     result |= evaluate(policy, retriever, sets, settings, seed=settings.seed, progress=True,
-                       keep=episodes)
+                       keep=episodes, hit_rule=settings.hit_rule)
     save_result(result, out)
     config.save(settings, out / "run.json")
     if settings.episodes:
@@ -478,12 +488,12 @@ def run_evaluation(settings: EvalSettings, *, is_arcap: bool) -> None:
 
 def show_results(command: str, argv: list[str]) -> None:
     """The commands that read files of earlier evaluations: table and compare."""
-    parser = argparse.ArgumentParser(f"eval.py {command}", allow_abbrev=False)
+    parser = cli.Parser(f"eval.py {command}")
     parser.add_argument("files", nargs="+", type=Path, help="result.json of evaluations")
     parser.add_argument("--measure", default="em", choices=MEASURES[:6])
     if command == "table":
         options = parser.parse_args(argv)
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+        results = [read_json(path) for path in options.files]
         has_arcap = all("arcap" in result for result in results)
         print(arcap_table(results) if has_arcap else table(results, options.measure))
         return
@@ -501,20 +511,38 @@ def show_results(command: str, argv: list[str]) -> None:
     print(align(lines))
 
 
+def plot_runs(argv: list[str]) -> None:
+    """Draw what runs have logged, also while they go on."""
+    from infra.curves import plot_metrics  # here, because it needs matplotlib
+
+    parser = cli.Parser("eval.py plot", description="Draw what runs have logged.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or metrics.jsonl")
+    parser.add_argument("--metrics", default="", metavar="A,B", help="a panel for each; default: "
+                        "score, loss, entropy, KL, lengths and searches, if they are logged")
+    parser.add_argument("--out", type=Path, default="curves.svg", help="file (default %(default)s)")
+    options = parser.parse_args(argv)
+    plot_metrics(options.runs, [name for name in options.metrics.split(",") if name], options.out)
+    print(f"wrote {options.out}")
+
+
 def main(argv: list[str]) -> None:
     command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     if command in ("table", "compare"):
         return show_results(command, rest)
+    if command == "plot":
+        return plot_runs(rest)
     if command not in ("", "arcap"):
-        sys.exit(f"eval.py: got {command!r}, expected arcap, table, compare, or flags")
-    settings = config.load(
+        cli.leave("eval.py", f"got {command!r}, expected arcap, table, compare, plot, or flags",
+                     2)
+    settings = cli.load(
         EvalSettings, rest, prog="eval.py", default_config=DEFAULT_CONFIG, shared=SHARED,
-        description="Measure a model on question sets. Also: eval.py {arcap,table,compare} --help.")
+        recorded=partial(recorded_settings, sorted(RECORDED)),
+        description="Measure a model on question sets. "
+                    "Also: eval.py {arcap,table,compare,plot} --help.")
+    check_paths(settings)
     run_evaluation(settings, is_arcap=command == "arcap")
 
 
 if __name__ == "__main__":
-    try:
+    with cli.reporting("eval.py"):
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"eval.py: {error}")

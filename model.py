@@ -8,8 +8,9 @@ import copy
 import functools
 import math
 import shutil
+import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from infra.checkpoint import write_aside
 from infra.files import blaming, read_json, resolve
 from tokenizer import FILES, Tokenizer
-from weights import check, fill, save_tensors
-
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from weights import fill, save_tensors
 
 
 class DecoderConfig:
     """Sizes and options from config.json (`public`). KeyError or ValueError if it does not fit."""
 
     def __init__(self, public: dict, where: str = "config.json") -> None:
-        name = (public.get("architectures") or [""])[0].removesuffix("ForCausalLM").lower()
-        family = public.get("model_type") or name  # llama, qwen2, qwen3
-        # transformers 5 moved rope_theta and rope_scaling into rope_parameters.
-        rope = (public.get("rope_scaling") or {}) | (public.get("rope_parameters") or {})
-        rule = rope.get("rope_type", rope.get("type", "default"))
-        check(where, "model_type", family, "llama", "qwen2", "qwen3")
-        check(where, "hidden_act", public.get("hidden_act", "silu"), "silu")
-        check(where, "use_sliding_window", public.get("use_sliding_window") or False, False)
-        check(where, "quantization_config", public.get("quantization_config"), None)
-        check(where, "rope type", rule, "default", "llama3")
-        check(where, "partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
-        check(where, "rope_interleaved", public.get("rope_interleaved") or False, False)
-        rope.setdefault(LLAMA3_ROPE[3], public.get("max_position_embeddings"))
+        from formats.decoders import number, read_family, read_rope
+        family, self.rope = read_family(public, where), read_rope(public, where)
         bias, heads = bool(public.get("attention_bias")), public["num_attention_heads"]
         self.public = dict(public)
         self.vocab_size, self.hidden_size = public["vocab_size"], public["hidden_size"]
@@ -50,13 +38,16 @@ class DecoderConfig:
         self.num_kv_heads = public.get("num_key_value_heads") or heads
         width = 128 if family == "qwen3" else self.hidden_size // heads
         self.head_dim = public.get("head_dim") or width
-        self.norm_eps = float(public.get("rms_norm_eps", 1e-6))
+        self.norm_eps = float(number(where, public, "rms_norm_eps", 1e-6))
         self.qkv_bias, self.o_bias = family == "qwen2" or bias, family != "qwen2" and bias
         self.mlp_bias = bool(public.get("mlp_bias"))
         self.qk_norm = family == "qwen3"  # queries and keys are normalised before the rotation
         self.tied = bool(public.get("tie_word_embeddings"))
-        self.rope_theta = float(rope.get("rope_theta", public.get("rope_theta", 10000.0)))
-        self.rope_scaling = {k: float(rope[k]) for k in LLAMA3_ROPE} if rule == "llama3" else None
+        # YaRN multiplies cosines and sines by this, and reaches beyond the positions trained on.
+        factor = self.rope["factor"] if self.rope["rope_type"] == "yarn" else 1.0
+        self.rope_scale = self.rope.get("attention_factor") or 0.1 * math.log(max(factor, 1)) + 1
+        reach = public.get("max_position_embeddings"), factor * (self.rope["original_length"] or 0)
+        self.max_positions = max(int(length or 0) for length in reach)  # 0: not known
         sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers)
         are_sizes = all(type(n) is int and 0 < n < 2**24 for n in sizes) and self.num_layers <= 1000
         if not are_sizes or heads % self.num_kv_heads or self.head_dim % 2:
@@ -66,15 +57,26 @@ class DecoderConfig:
 
     def rope_frequencies(self) -> Tensor:
         """Radians per position of each pair of channels, [Dh / 2], fp32."""
+        rope, theta = self.rope, self.rope["rope_theta"]
         with torch.device("cpu"):  # also while the network is laid out on the meta device
-            exponents = torch.arange(0, self.head_dim, 2).float() / self.head_dim
-            frequencies = self.rope_theta**-exponents
-        if self.rope_scaling is None:
+            channels = torch.arange(0, self.head_dim, 2).float()
+            frequencies = theta ** -(channels / self.head_dim)
+        if rope["rope_type"] == "default":
             return frequencies
-        # Llama 3.1 stretches long wavelengths by `factor`, keeps short ones, blends those between.
-        factor, low, high, original = (self.rope_scaling[key] for key in LLAMA3_ROPE)
-        keep = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / factor)
+        # Long wavelengths are stretched by `factor`, short ones kept, those between blended:
+        # in Llama 3.1 by how often they fit into the original length, in YaRN by their number.
+        original = rope["original_length"]
+        if rope["rope_type"] == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            keep = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        else:
+            first, last = (self.head_dim / 2 * math.log(original / (2 * math.pi * rope[turns]))
+                           / math.log(theta) for turns in ("beta_fast", "beta_slow"))
+            if rope["truncate"]:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, self.head_dim - 1)
+            keep = 1 - ((channels / 2 - first) / (last - first or 0.001)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / rope["factor"])
 
 
 class KVCache:
@@ -83,6 +85,10 @@ class KVCache:
     def __init__(self, config: DecoderConfig, rows: int, slots: int, *,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.rows, self.slots = rows, slots
+        if slots - 1 > config.max_positions > 0:
+            warnings.warn(f"contexts may have {slots - 1} tokens, and the model was made for "
+                          f"{config.max_positions}; lower --max-context-tokens, or see YaRN in "
+                          "docs/own-models.md", stacklevel=2)
         shape = (rows, config.num_kv_heads, slots, config.head_dim)
         # Zeros, not empty: a masked slot is multiplied by a weight of 0, and 0 * NaN is NaN.
         self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device)
@@ -218,7 +224,8 @@ class Decoder(nn.Module):
         self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.model.norm = nn.RMSNorm(width, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(width, entries, bias=False)
-        self.frequencies = config.rope_frequencies()  # not a buffer: .to(bfloat16) would round it
+        # Not a buffer: .to(bfloat16) would round it.
+        self.frequencies, self.scale = config.rope_frequencies(), config.rope_scale
         self.checkpointing = False  # True: backward computes layers again instead of keeping them
 
     @property
@@ -254,7 +261,7 @@ class Decoder(nn.Module):
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:  # in fp32, for all layers
         self.frequencies = self.frequencies.to(positions.device)
         angles = positions[:, :, None, None].float() * self.frequencies  # [B or 1, T, 1, Dh / 2]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
@@ -288,23 +295,37 @@ class Critic(nn.Module):
 
 
 def load_decoder(path: str | Path, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> Decoder:
-    """Load a checkpoint folder or id; ValueError or FileNotFoundError names what does not fit."""
+                 device: torch.device | str = "cpu", with_head: bool = True,
+                 num_ids: int = 0) -> Decoder:
+    """Load a checkpoint folder or id; ValueError or FileNotFoundError names what does not fit.
+    num_ids: those of its tokenizer, each of which needs a row of the embedding."""
     folder = resolve(path)
     file = folder / "config.json"
     with blaming(file, "the configuration of a decoder"), torch.device("meta"):
-        decoder = Decoder(DecoderConfig(read_json(file), str(file)))
+        public = read_json(file) | ({} if with_head else {"tie_word_embeddings": True})
+        decoder = Decoder(DecoderConfig(public, str(file)))
+        if num_ids > (entries := decoder.config.vocab_size):
+            raise ValueError(f"{file}: got vocab_size {entries}, expected at least the {num_ids} "
+                             "ids of tokenizer.json; take both files from the same checkpoint, or "
+                             "resize its embedding")
     twin = {"lm_head.weight": "model.embed_tokens.weight"} if decoder.config.tied else {}
-    fill(decoder, folder, lambda name: None if name.endswith("rotary_emb.inv_freq") else name,
-         dtype=dtype, device=device, twin=twin)
+
+    def public_name(name: str) -> str | None:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and not with_head):
+            return None
+        # A decoder saved without its head, as an encoder is, has names without "model.".
+        return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+    fill(decoder, folder, public_name, dtype=dtype, device=device, twin=twin)
     return decoder
 
 
 def load_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> nn.Module:
+                 device: torch.device | str = "cpu", **options: Any) -> nn.Module:
     """Load an Encoder; see encoder.py, which is imported only when this is called."""
     import encoder
-    return encoder.load_encoder(path, dtype=dtype, device=device)
+    return encoder.load_encoder(path, dtype=dtype, device=device, load_decoder=load_decoder,
+                                **options)
 
 
 def save_decoder(decoder: Decoder, tokenizer: Tokenizer, path: str | Path, *,

@@ -10,8 +10,9 @@ Departures from the official code (commit f82eb19 of OpenStellarTeam/QAgent), wi
 option at the right, where there is one, does as the official code does.
  1. Everything is read from the recorded episode. The official regular expressions run over the
     whole text, so they also match the notice after an invalid action.
- 2. Hit looks at retrieved passages alone. The paper and its code look at the whole trajectory, so
-    an agent is paid for listing guesses in its plan.                         --hit-in trajectory
+ 2. Hit looks at retrieved passages alone, for whole words. The paper and its code look at the
+    whole trajectory, so an agent is paid for listing guesses in its plan, and inside words, so
+    that "no" is found in "know".              --hit-in trajectory, --hit-rule substring
  3. Exact match is strict in both stages. The official stage 2 and evaluation accept a gold answer
     anywhere within the prediction, even inside a word ("no" in "know").      --answer-match within
  4. The generator reads each passage once, title and text, in the order in which they were found.
@@ -25,8 +26,8 @@ option at the right, where there is one, does as the official code does.
  9. Numbers run through a block of passages. There they start at 1 for each query, so with one
     passage a query all are "#1".
 10. The bound of three queries a turn is kept. There it is in the prompt alone.    --max-queries 0
-As published: an episode that never searches has the right format; fewer passages earn nothing; a
-hit is a gold answer anywhere in a passage, even inside a word.
+11. A group's deviation gets 1e-6 added, as in Search-R1. There it is 1e-4.
+As published: an episode that never searches has the right format; fewer passages earn nothing.
 
     torchrun train.py --phase qagent --stage 1                       learn; then --stage 2
     python qagent.py search "who wrote ..." --model runs/qagent      passages, and how it found them
@@ -57,14 +58,25 @@ import numpy as np
 import torch
 
 import eval as evaluation
+from ask import RECORDED
 from bard import check_own_reward, open_own_guide
 from data import Passage, Question, build_messages, f1, hit, normalize_answer
-from episode import Episode, Protocol, episode_text, parse_action, unique_passages
+from episode import (
+    Episode,
+    Protocol,
+    episode_text,
+    outside_thoughts,
+    parse_action,
+    unique_passages,
+)
 from eval import QUESTION_FILES, AgentSettings
-from infra import config
+from formats.answers import contains
+from infra import cli
 from infra.config import setting
 from infra.files import replace_surrogates
 from infra.parallel import pick_device
+from infra.programs import check_paths, read_command
+from infra.record import recorded_settings
 from infra.run import Run, launch
 from reinforce import reinforce
 from retriever import Retriever
@@ -74,7 +86,7 @@ from settings import TrainSettings
 from settings import with_defaults as with_core_defaults
 from tokenizer import Tokenizer
 
-PHASES = ("qagent",)
+PHASES = {"qagent": "learn reinforce teacher"}  # with words for `of` in infra/config.py
 # QAgent's loop in our own words. Its published text (its paper's Table 5) belongs in a file, for
 # its checkpoints.
 QAGENT_PROMPT = (
@@ -111,7 +123,7 @@ def query_list(content: str) -> tuple[str, ...]:
 
 
 def passage_block(passages: Sequence[Passage]) -> str:
-    blocks = [f"Passage #{i} {p.title}\nPassage #{i} {p.text}\n\n"
+    blocks = [f"Passage #{i} {p.name}\nPassage #{i} {p.text}\n\n"
               for i, p in enumerate(passages, 1)]
     return f"\n<information>\n{''.join(blocks)}{INFORMATION_END}"
 
@@ -136,31 +148,35 @@ QAGENT = Protocol(
 class GeneratorSettings:
     """What a preset's table [qagent] may hold beside protocol and prompt: all commands read it."""
 
-    protocol: str = setting("qagent", "what the agent may write: qagent, search-r1, or "
-                            "FILE.py:NAME")
-    prompt: str = setting("qagent", "qagent (our words), paper, short, row, or a file with "
-                          "{question} (the published text)")
-    max_queries: int = setting(3, "queries of one search; those beyond are dropped and counted; "
-                               "0: any number")
+    protocol: str = setting("qagent", "what the agent may write",
+                            reads="qagent|search-r1|FILE.py:NAME")
+    prompt: str = setting("qagent", "qagent: our words; FILE with {question}: the published text",
+                          reads="qagent|paper|short|row|FILE")
+    max_queries: int = setting(3, "queries of one search; 0: any number", rare=True)
     generator: str = setting("", "checkpoint that answers from passages, or "
-                             "http://.../v1/chat/completions")
+                             "http://.../v1/chat/completions", reads="URL|DIR")
     generator_model: str = setting("", "the model's name, for a generator behind http")
-    generator_prompt: str = setting("", "a file with {passages} and {question}; empty: our words")
-    generator_tokens: int = setting(64, "tokens of a generator's answer")
+    generator_prompt: str = setting("", "a file with {passages} and {question}; empty: our words",
+                                    reads="FILE", rare=True)
+    generator_tokens: int = setting(64, "tokens of a generator's answer", at_least=1)
     generator_timeout_s: float = setting(60.0, "a generator behind http that takes longer is asked "
-                                         "again")
-    generator_tries: int = setting(3, "times that a generator behind http is asked")
+                                         "again", above=0, rare=True)
+    generator_tries: int = setting(3, "times that a generator behind http is asked", at_least=1,
+                                   rare=True)
+    hit_rule: str = setting("words", "a gold answer counts as found as whole words, or (published) "
+                            "also inside a word", choices=("words", "substring"))
 
 
 @dataclass
 class QAgentSettings(GeneratorSettings, TrainSettings):
     phase: str = setting("qagent", "what to run", choices=PHASES)
-    stage: int = setting(1, "1: format and answer; 2: what a generator makes of the passages")
-    answer_match: str = setting("strict", "a generator's answer equals a gold answer, or has it "
-                                "within", choices=("strict", "within"))
+    stage: int = setting(1, "1: format and answer; 2: what a generator makes of the passages",
+                         at_least=1, at_most=2)
+    answer_match: str = setting("strict", "a generator's answer equals a gold one, or has it "
+                                "within", choices=("strict", "within"), when="stage 2")
     hit_in: str = setting("passages", "where a gold answer counts as found (published: "
-                          "trajectory)", choices=("passages", "trajectory"))
-    hit_weight: float = setting(0.5, "what a hit is worth in stage 2")
+                          "trajectory)", choices=("passages", "trajectory"), when="stage 2")
+    hit_weight: float = setting(0.5, "what a hit is worth in stage 2", when="stage 2")
 
 
 def agent_protocol(settings: GeneratorSettings) -> Protocol:
@@ -176,7 +192,7 @@ def with_defaults(settings: QAgentSettings) -> QAgentSettings:
         raise ValueError(f"--stage {settings.stage}: expected 1 or 2")
     settings = replace(settings, advantage=settings.advantage or "group")
     check_own_reward(settings, QAGENT.name, agent_protocol(settings).name)
-    return with_core_defaults(settings)
+    return with_core_defaults(settings, reinforces=True)
 
 
 # ---- the agent ----
@@ -228,22 +244,24 @@ def follows_format(episode: Episode, tokenizer: Tokenizer) -> bool:
     if episode.status != "answered" or len(turns) != episode.num_searches + 1:
         return False
     reflects = all(REFLECTED.match(turn) for turn in turns[1:])
+    turns = [outside_thoughts(turn) for turn in turns]
     return reflects and all(PLANNED.search(turn.partition("<search>")[0]) for turn in turns[:-1])
 
 
-def within(prediction: str | None, golds: Sequence[str]) -> float:
+def within(prediction: str | None, golds: Sequence[str], rule: str = "squad") -> float:
     """The published "non-strict" match: a normalised gold answer within the prediction."""
-    text = normalize_answer(prediction or "")
-    return float(any(gold and gold in text for gold in map(normalize_answer, golds)))
+    normalize = partial(normalize_answer, rule=rule)
+    return float(contains([prediction or ""], golds, normalize, whole_words=False))
 
 
-def has_hit(episode: Episode, tokenizer: Tokenizer, hit_in: str) -> bool:
+def has_hit(episode: Episode, tokenizer: Tokenizer, hit_in: str, hit_rule: str = "words") -> bool:
     """Whether a gold answer is in a passage, or (hit_in "trajectory") anywhere after the prompt."""
-    golds = episode.question.golden_answers
-    if hit_in == "passages":
-        return hit(collected_passages(episode), golds)
-    texts = [tokenizer.decode(s.ids) for s in episode.segments if s.author != "prompt"]
-    return bool(within(" ".join(texts), golds))
+    question, passages = episode.question, collected_passages(episode)
+    if hit_in == "trajectory":
+        texts = [tokenizer.decode(s.ids) for s in episode.segments if s.author != "prompt"]
+        passages = [Passage("", "", " ".join(texts), 0.0)]
+    return hit(passages, question.golden_answers, question.answer_rule,
+               whole_words=hit_rule == "words")
 
 
 def rewards(
@@ -257,20 +275,23 @@ def rewards(
     answers = generator(questions, [collected_passages(episode) for episode in episodes])
     values = []
     for answer, episode in zip(answers, episodes, strict=True):
-        match = episode.question.match if settings.answer_match == "strict" else within
-        correct = match(answer, episode.question.golden_answers)
-        is_hit = has_hit(episode, tokenizer, settings.hit_in)
+        question = episode.question
+        match = question.match
+        if settings.answer_match == "within":
+            match = partial(within, rule=question.answer_rule)
+        correct = match(answer, question.golden_answers)
+        is_hit = has_hit(episode, tokenizer, settings.hit_in, settings.hit_rule)
         values.append(correct + settings.hit_weight * is_hit)
     return values
 
 
-def report_passages(episodes: Sequence[Episode], tokenizer: Tokenizer) -> dict[str, float]:
+def report_passages(
+    episodes: Sequence[Episode], tokenizer: Tokenizer, hit_rule: str = "words"
+) -> dict[str, float]:
     """Sums over the episodes of a step: passages, hits, queries and formats."""
-    collections = [collected_passages(episode) for episode in episodes]
-    golds = [episode.question.golden_answers for episode in episodes]
     return {
-        "passages": sum(map(len, collections)),
-        "hit": sum(map(hit, collections, golds)),
+        "passages": sum(len(collected_passages(episode)) for episode in episodes),
+        "hit": sum(has_hit(episode, tokenizer, "passages", hit_rule) for episode in episodes),
         "queries": sum(len(episode.queries) for episode in episodes),
         "dropped_queries": sum(episode.dropped_queries for episode in episodes),
         "format": sum(follows_format(episode, tokenizer) for episode in episodes),
@@ -288,7 +309,7 @@ def generator_messages(
     if "{question}" not in template or "{passages}" not in template:
         raise ValueError(f"--generator-prompt {prompt}: got no {{question}} or no {{passages}}, "
                          "expected both")
-    texts = [f"{passage.title}\n{passage.text}" for passage in passages]
+    texts = [f"{passage.name}\n{passage.text}" for passage in passages]
     values = {"{passages}": "\n\n".join(texts) or "(no passages)",
               "{question}": question.question}
     # Split first: a text that is put in may hold a place's name itself.
@@ -383,10 +404,9 @@ def is_remote(generator: str) -> bool:
 
 def train(argv: list[str]) -> None:
     """Run phase qagent; train.py hands over to it."""
-    settings = config.load(
+    settings = cli.load(
         QAgentSettings, argv, prog="qagent.py", description=__doc__.split("\n")[0],
-        default_config=evaluation.DEFAULT_CONFIG)
-    settings = with_defaults(settings)
+        default_config=evaluation.DEFAULT_CONFIG, finish=with_defaults)
     launch(settings, partial(run_phase, settings=settings))
 
 
@@ -402,7 +422,7 @@ def run_phase(run: Run, settings: QAgentSettings) -> None:
         generator = load_generator(settings, run.device, getattr(torch, settings.teacher_dtype))
     task = Task(
         reward=lambda episodes: rewards(episodes, student.tokenizer, generator, settings),
-        report=lambda episodes: report_passages(episodes, student.tokenizer),
+        report=lambda episodes: report_passages(episodes, student.tokenizer, settings.hit_rule),
         prepare=lambda questions, *seeds: as_asked(questions, settings), drop_equal_groups=True)
     reinforce(run, rules, student, guide, session, task)
 
@@ -414,18 +434,22 @@ def run_phase(run: Run, settings: QAgentSettings) -> None:
 class SearchSettings(GeneratorSettings, AgentSettings):
     max_turns: int = setting(5, "turns that may search (official code)")
     top_k: int = setting(1, "passages of a query (official code)")
-    model: str = setting("runs/qagent", "checkpoint that searches")
+    model: str = setting("runs/qagent", "checkpoint that searches", reads="DIR")
     passages: str = setting("agent", "measure: whose passages; naive: 5 of one search for the "
                             "question; gold: those that the row names",
                             choices=("agent", "naive", "none", "gold"))
-    generators: tuple[str, ...] = setting((), "measure: several generators; empty: --generator")
-    questions: tuple[str, ...] = setting(QUESTION_FILES, "measure: question files, JSONL")
-    limit: int | None = setting(None, "measure: only the first questions of each file")
+    generators: tuple[str, ...] = setting((), "measure: several generators; empty: --generator",
+                                          reads="URL|DIR")
+    questions: tuple[str, ...] = setting(QUESTION_FILES, "measure: question files, JSONL",
+                                         reads="FILE")
+    limit: int | None = setting(None, "measure: only the first questions of each file", at_least=1)
     name: str = setting("", "measure: its name in tables; empty: the last part of model")
-    out: str = setting("", "measure: folder to write; empty: runs/eval/<name>")
+    out: str = setting("", "measure: folder to write; empty: runs/eval/<name>", writes="DIR")
+    question: str = setting("", "search, answer: what is asked, with or without the flag",
+                            is_words=True)
     host: str = setting("127.0.0.1", "serve: address; 0.0.0.0 opens the door to other machines, "
                         "without a password")
-    port: int = setting(8018, "serve: port")
+    port: int = setting(8018, "serve: port", at_least=1, at_most=65535)
 
 
 # What the commands take from a training preset: not how training samples, or what it trains on.
@@ -467,7 +491,7 @@ class Handler(BaseHTTPRequestHandler):
             question = self.read_question()
             with self.lock:
                 result = type(self).look_up(question)
-            passages = [{"id": p.id, "title": p.title, "text": p.text} for p in result.passages]
+            passages = [{"id": p.id, "title": p.name, "text": p.text} for p in result.passages]
             self.reply(200, {"passages": passages, "queries": result.queries,
                              "trace": result.trace})
         except ValueError as error:
@@ -521,7 +545,8 @@ def gather_passages(
     episodes = play_agent(policy, retriever, questions, settings, seed=seed, progress=progress)
     measures = [{"queries": float(len(episode.queries)), "searches": float(episode.num_searches),
                  "agent_em": episode.score,
-                 "agent_f1": f1(episode.answer, episode.question.golden_answers)}
+                 "agent_f1": f1(episode.answer, episode.question.golden_answers,
+                                episode.question.answer_rule)}
                 for episode in episodes]
     return [collected_passages(episode) for episode in episodes], measures
 
@@ -544,15 +569,17 @@ def evaluate_passages(
             seed=evaluation.set_seed(settings.seed, name))
         rows = []
         for question, passages, measured in zip(questions, collections, measures, strict=True):
+            found = hit(passages, question.golden_answers, question.answer_rule,
+                        whole_words=settings.hit_rule == "words")
             rows.append({"set": name, "id": question.id, "passages": float(len(passages)),
-                         "hit": float(hit(passages, question.golden_answers)), **measured})
+                         "hit": float(found), **measured})
         for label, generator in generators.items():
             answers = generator(questions, collections)
             for row, answer, question in zip(rows, answers, questions, strict=True):
-                golds = question.golden_answers
+                golds, rule = question.golden_answers, question.answer_rule
                 row.update({f"answer {label}": answer, f"em {label}": question.match(answer, golds),
-                            f"within {label}": within(answer, golds),
-                            f"f1 {label}": f1(answer, golds)})
+                            f"within {label}": within(answer, golds, rule),
+                            f"f1 {label}": f1(answer, golds, rule)})
         keys = [key for key, value in rows[0].items() if isinstance(value, float)]
         sets[name] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
         all_rows += rows
@@ -581,7 +608,8 @@ def run_measure(
     labels = [spec if is_remote(spec) else Path(spec).name for spec in specs]
     if len(set(labels)) < len(labels):
         raise ValueError(f"--generators: got {labels}, expected names that differ")
-    sets = evaluation.read_sets(settings.questions, settings.limit)
+    sets = evaluation.read_sets(
+        settings.questions, settings.limit, answer_rule=settings.answer_rule)
     dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
     generators = {label: load_generator(replace(settings, generator=spec), device, dtype)
                   for label, spec in zip(labels, specs, strict=True)}
@@ -596,13 +624,24 @@ def run_measure(
 # ---- the program ----
 
 
+def check_files(command: str, settings: SearchSettings) -> None:
+    """Refuse a question too few or too many, and files that are not there."""
+    if (command in ("search", "answer")) != bool(settings.question):
+        raise ValueError(f'{command}: got question {settings.question!r}, expected '
+                         + ("none" if settings.question else 'one: "who wrote ..."'))
+    asks_agent = command != "measure" or settings.passages == "agent"
+    check_paths(replace(settings, model=settings.model if asks_agent else "",
+                        questions=settings.questions if command == "measure" else ()))
+
+
 def main(argv: list[str]) -> None:
-    command, question, flags = evaluation.read_command(
-        argv, "qagent.py", __doc__,
-        {"search": True, "answer": True, "serve": False, "measure": False})
-    settings = config.load(
-        SearchSettings, flags, prog=f"qagent.py {command}", shared=SHARED,
+    commands = ("search", "answer", "serve", "measure")
+    command = read_command(argv, "qagent.py", __doc__, commands)
+    settings = cli.load(
+        SearchSettings, argv[1:], prog=f"qagent.py {command}", shared=SHARED,
+        recorded=partial(recorded_settings, sorted(RECORDED | {"max_queries"})),
         description="A plug-and-play search agent.", default_config=evaluation.DEFAULT_CONFIG)
+    check_files(command, settings)
     if not (settings.corpus and settings.encoder):
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, "
                          "expected both; give --corpus and --encoder")
@@ -623,10 +662,11 @@ def main(argv: list[str]) -> None:
         with suppress(KeyboardInterrupt):
             server.serve_forever()
         return
+    question = settings.question
     result = look_up(question)
     print(result.trace)
     for number, passage in enumerate(result.passages, 1):
-        print(f"\n[{number}] {passage.title}\n{passage.text}")
+        print(f"\n[{number}] {passage.name}\n{passage.text}")
     if generator is not None:
         asked = Question("asked", question, (), "asked")
         [answer] = generator([asked], [result.passages])
@@ -634,7 +674,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with cli.reporting("qagent.py", RuntimeError):
         main(sys.argv[1:])
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"qagent.py: {error}")

@@ -2,21 +2,19 @@
 
 The paper's search engine R: E5 vectors, a flat index, the top 3 passages (Jin et al. 2025). Row i
 of an index is line i of the corpus, {"id", "contents"} with contents = '"Title"', newline, text.
+Blank lines are passed over; formats/corpora.py says what else a line may hold.
 Departures from the official code: an index of another corpus or encoder is refused, and equal
 scores are ordered by row. Legend: B queries, N passages (C a chunk, K a query), D width.
 
     python retriever.py build --corpus FILE --encoder DIR --out DIR     # goes on where it stopped
     python retriever.py search "who wrote ..." --corpus FILE --encoder DIR --index DIR
+    python retriever.py convert --corpus FILE --out FILE                # packed files, tables
 """
 
-import argparse
-import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,61 +23,48 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Passage
-from encoder import Encoder, load_encoder
+from encoder import Encoder
+from formats.corpora import Lines, convert
+from formats.indexes import Difference, FaissIndex, faiss_module, read_vectors, unlike
 from infra.checkpoint import write_aside
-from infra.files import parse_object, read_json, replace_surrogates
+from infra.cli import Parser, reporting
+from infra.config import is_remote
+from infra.files import read_json, replace_surrogates, say
+from infra.parallel import pick_device
+from infra.programs import check_path, count
+from model import load_encoder
 
 WORLD = Path(__file__).resolve().parent / "world"
 EMBED_ROWS = 8192  # passages a chunk of `build`; sorted by length within
 CHUNK_ELEMENTS = 2**26  # scores, or vectors, held as fp32 at once: 256 MiB of each
-MIN_COSINE = 0.99  # of passage 0 stored and embedded again; fp16 encoders stay above 0.999
+NUM_COMPARED = 8  # passages that are embedded again to recognise the corpus and the encoder by
 
 
 class Corpus:
-    """A corpus file, which stays on disk: the offsets of 21 million lines take 168 MB of memory."""
+    """The passages of a file, which stays on disk."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: got no such file, expected a corpus (JSON lines)")
-        self._file = self.path.open("rb")
-        ends, position, digest = [np.zeros(1, np.int64)], 0, hashlib.sha256()
-        while block := self._file.read(2**24):  # a line at a time is ten times as slow
-            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position + 1)
-            digest.update(block)
-            position += len(block)
-        if not position:
-            raise ValueError(f"{path}: got an empty file, expected a passage a line")
-        offsets = np.concatenate(ends)
-        self._offsets = offsets if offsets[-1] == position else np.append(offsets, position)
-        self.sha256 = digest.hexdigest()
+        self.path, self.lines = Path(path), Lines(Path(path))
+        self.sha256, self.read, self.check = self.lines.sha256, self.lines.read, self.lines.check
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def read(self, row: int) -> tuple[str, str]:
-        """(id, contents) of a row. Bytes that are not UTF-8 and lone surrogates become U+FFFD."""
-        start, end = self._offsets[row], self._offsets[row + 1]
-        line = os.pread(self._file.fileno(), end - start, start).decode("utf-8", "replace")
-        where = f"{self.path}:{row + 1}"
-        record = parse_object(line.removeprefix("\ufeff"), where)
-        name, contents = record.get("id"), record.get("contents")
-        if not isinstance(name, str | int) or not isinstance(contents, str):
-            raise ValueError(f"{where}: got {line[:80]!r}, expected an id and the string contents")
-        return str(name), contents
+        return len(self.lines)
 
     def passage(self, row: int, score: float) -> Passage:
         name, contents = self.read(row)
         title, text = contents.split("\n", 1) if "\n" in contents else ("", contents)
-        if len(title) > 1 and title[0] == title[-1] == '"':
-            title = title[1:-1]
         return Passage(name, title, text, score)
 
 
 class TorchIndex:
     def __init__(self, vectors: Tensor) -> None:  # [N, D], any float type
-        self.vectors, self.num_rows = vectors, len(vectors)
-        self.first: Tensor | None = vectors[0].float().cpu()  # [D], to recognise the encoder by
+        self.vectors, (self.num_rows, self.width) = vectors, vectors.shape
+
+    def difference(self, rows: list[int], vectors: np.ndarray) -> Difference:
+        return unlike(rows, self.vectors[rows].float().cpu().numpy(), vectors)
+
+    def to(self, device: torch.device) -> "TorchIndex":
+        return TorchIndex(self.vectors.to(device))
 
     def search(self, queries: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """Best inner products of queries [B, D], equal ones by row: scores, rows [B, K]."""
@@ -106,37 +91,6 @@ def _top(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best, columns.gather(1, order)
 
 
-def _faiss() -> ModuleType:
-    try:
-        import faiss  # here, because it is optional, large, and slow to import
-    except ImportError as error:
-        raise ImportError(f"faiss: got {error}, expected it; pip install faiss-gpu (Linux x86-64) "
-                          "or let torch search an index folder, or none") from error
-    return faiss
-
-
-class FaissIndex:
-    def __init__(self, path: Path, device: torch.device) -> None:
-        faiss = _faiss()
-        self.index = index = faiss.read_index(str(path))
-        self.num_rows = index.ntotal
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise ValueError(f"{path}: got another metric, expected inner product")
-        is_flat = isinstance(index, faiss.IndexFlat)  # others may not be able to return a vector
-        self.first = torch.from_numpy(index.reconstruct(0)) if is_flat and self.num_rows else None
-        # "cuda" means all GPUs. Asked for GPUs that are not there, faiss gives an empty index.
-        if device.type == "cuda" and (num_gpus := faiss.get_num_gpus()):
-            options = faiss.GpuMultipleClonerOptions()
-            options.useFloat16 = options.shard = True
-            gpus = list(range(num_gpus)) if device.index is None else [device.index]
-            self.index = faiss.index_cpu_to_gpus_list(index, options, gpus=gpus)
-
-    def search(self, queries: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = self.index.search(queries.cpu().numpy(), min(top_k, self.num_rows))
-        order = np.lexsort((rows, -scores))
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-
-
 class Retriever:
     def __init__(self, corpus: Corpus, encoder: Encoder, index: TorchIndex | FaissIndex) -> None:
         self.corpus, self.encoder, self.index = corpus, encoder, index
@@ -144,18 +98,32 @@ class Retriever:
     @classmethod
     def load(cls, corpus: Path | str, encoder: Path | str | Encoder, *,
              index: Path | str | None = None, backend: str = "auto",
-             device: torch.device | str = "cpu") -> "Retriever":
-        """index: a folder of `build`, a faiss file, or None: the corpus is embedded now."""
+             device: torch.device | str = "cpu", prefixes: dict[str, str | None] | None = None,
+             max_tokens: int | None = None) -> "Retriever":
+        """index: a folder of `build`, a faiss file, or None: the corpus is embedded now.
+
+        prefixes, max_tokens: see load_encoder. Without max_tokens an index folder's is taken.
+        """
         if backend not in ("auto", "torch", "faiss") or (index is None and backend == "faiss"):
             raise ValueError(f"backend: got {backend!r} with index {index}, expected auto, torch, "
                              "or faiss with an index")
+        if index is not None and Path(index).name == "index.faiss" and backend != "torch":
+            if (Path(index).parent / "index.json").is_file():  # it says what the file was made from
+                index, backend = Path(index).parent, "faiss"
         lines, device = Corpus(corpus), torch.device(device)
         if not isinstance(encoder, Encoder):
-            encoder = load_encoder(encoder, device=device)
+            path, encoder = encoder, load_encoder(encoder, device=device, prefixes=prefixes,
+                                                  max_tokens=max_tokens)
+            if index is not None and max_tokens is None:
+                with suppress(ValueError, TypeError):  # what does not fit is refused below
+                    encoder.limit(read_json(Path(index) / "index.json", {}).get("max_tokens"))
+            say(f"encoder {path}: {encoder}")
         if index is not None:
             return cls(lines, encoder, _open_index(Path(index), lines, encoder, backend, device))
-        vectors = torch.cat([chunk for _, chunk in embed_corpus(lines, encoder)])  # [N, D]
-        return cls(lines, encoder, TorchIndex(vectors.to(device)))
+        lines.check()
+        num_cut, chunks = encoder.num_cut, [chunk for _, chunk in embed_corpus(lines, encoder)]
+        _say_cut(encoder.num_cut - num_cut, lines, encoder)
+        return cls(lines, encoder, TorchIndex(torch.cat(chunks).to(device)))  # [N, D]
 
     def search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
         """The best passages of each query, best first; all of them in a corpus below top_k."""
@@ -171,6 +139,13 @@ class Retriever:
         ]
 
 
+def open_retriever(settings: Any, device: torch.device | str = "cpu") -> Retriever:
+    """The retriever that the settings of a program name."""
+    prefixes = {"query": settings.query_prefix, "passage": settings.passage_prefix}
+    return Retriever.load(settings.corpus, settings.encoder, index=settings.index or None,
+                          device=device, prefixes=prefixes)
+
+
 def embed_corpus(corpus: Corpus, encoder: Encoder, *, start: int = 0,
                  batch_size: int = 64) -> Iterator[tuple[int, Tensor]]:
     """(first row, vectors [C, D]) of chunks of passages, from row `start` on."""
@@ -182,9 +157,14 @@ def embed_corpus(corpus: Corpus, encoder: Encoder, *, start: int = 0,
 
 def _facts(corpus: Corpus, encoder: Encoder) -> dict[str, Any]:
     """What vectors depend on, apart from the encoder's weights."""
-    return {"rows": len(corpus), "dim": encoder.config["hidden_size"], "prefixes": encoder.prefixes,
-            "max_tokens": encoder.tokenizer.truncation["max_length"],
-            "corpus_sha256": corpus.sha256}
+    return {"rows": len(corpus), "dim": encoder.width, "prefixes": encoder.prefixes,
+            "max_tokens": encoder.max_tokens, "corpus_sha256": corpus.sha256}
+
+
+def _say_cut(num_cut: int, corpus: Corpus, encoder: Encoder) -> None:
+    if num_cut:
+        say(f"{corpus.path}: {num_cut / len(corpus):.1%} of passages are longer than "
+            f"{encoder.max_tokens} tokens and cut (--max-tokens)")
 
 
 def _open_index(path: Path, corpus: Corpus, encoder: Encoder, backend: str,
@@ -202,37 +182,47 @@ def _open_index(path: Path, corpus: Corpus, encoder: Encoder, backend: str,
                                 "`python retriever.py build` (for backend faiss: with --faiss) has "
                                 "written, or, not for torch, a faiss file")
     file = needed[-1]
-    if file.suffix == ".npy":  # mode "c": read as searched, and torch may write to it
-        index = TorchIndex(torch.from_numpy(np.load(file, mmap_mode="c")).to(device))
+    if file.suffix == ".npy":
+        index = TorchIndex(torch.from_numpy(read_vectors(file)))
     else:
-        index = FaissIndex(file, device)
-    got = {key: stored.get(key) for key in expected} | {"rows": index.num_rows}
-    if index.first is not None:
-        got["dim"] = len(index.first)
-        if got == expected:  # vectors of another encoder may well have the same width
-            vector = encoder.embed([corpus.read(0)[1]], kind="passage")[0].cpu()  # [D]
-            cosine = float(torch.cosine_similarity(vector, index.first, dim=0))
-            expected["cosine"], got["cosine"] = 1.0, 1.0 if cosine >= MIN_COSINE else cosine
-    for key, value in expected.items():
-        if got[key] != value:
-            raise ValueError(f"{path}: got an index with {key} {got[key]}, expected {value}, as "
-                             f"{corpus.path} and the encoder have it; build it again from these")
-    return index
+        index = FaissIndex(file)
+    if path.is_dir() and stored != {"done": len(corpus), **read_json(needed[0], {})}:
+        raise ValueError(f"{path}: got an index that is being built again; wait for its end")
+    got = {key: stored.get(key) for key in expected}
+    got |= {"rows": index.num_rows, "dim": index.width}
+    if isinstance(got["prefixes"], dict):  # no stored vector depends on the prefix of queries
+        got["prefixes"] = got["prefixes"] | {"query": encoder.prefixes["query"]}
+    problems = [(key, got[key], value) for key, value in expected.items() if got[key] != value]
+    if not problems:  # vectors of another encoder may well have the same width
+        rows = corpus.lines.spread(NUM_COMPARED)
+        texts = [corpus.read(row)[1] for row in rows]
+        problems = [index.difference(rows, encoder.embed(texts, kind="passage").cpu().numpy())]
+    if problems[0] is not None:
+        key, value, wanted = problems[0]
+        raise ValueError(f"{path}: got an index with {key} {value}, expected {wanted}, as "
+                         f"{corpus.path} and the encoder have it; build it again from these, or "
+                         "give --passage-prefix and --max-tokens as they were then")
+    return index.to(device)
 
 
 def build(corpus: Path, encoder: str, out: Path, *, device: str = "cpu", batch_size: int = 64,
-          dtype: str = "float16", with_faiss: bool = False) -> None:
-    """Write OUT/embeddings.npy, and OUT/index.json: what it is made of, how many rows are done."""
-    faiss = _faiss() if with_faiss else None  # if it is missing, say so now and not after hours
+          dtype: str = "float16", with_faiss: bool = False, **reading: Any) -> None:
+    """Write OUT/embeddings.npy, and OUT/index.json: what it is made of, how many rows are done.
+
+    reading: prefixes and max_tokens of load_encoder.
+    """
+    faiss = faiss_module() if with_faiss else None  # if it is missing, say so now
     lines = Corpus(corpus)
     encoder_dtype = torch.float32 if device == "cpu" else torch.float16
-    model = load_encoder(encoder, device=device, dtype=encoder_dtype)
+    model = load_encoder(encoder, device=device, dtype=encoder_dtype, **reading)
+    say(f"encoder {encoder}: {model}")
+    lines.check()
     facts = {"encoder": encoder, "dtype": dtype, **_facts(lines, model)}
     out.mkdir(parents=True, exist_ok=True)
     before = read_json(out / "index.json", {})
-    start = before.pop("done", 0)
+    start, num_cut = before.pop("done", 0), before.pop("num_cut", 0)
     goes_on = 0 < start < len(lines) and before == facts and (out / "embeddings.npy").is_file()
-    mode, start = ("r+", start) if goes_on else ("w+", 0)
+    mode, start, model.num_cut = ("r+", start, num_cut) if goes_on else ("w+", 0, 0)
     for name in () if start else ("index.json", "index.faiss", "embeddings.npy"):
         (out / name).unlink(missing_ok=True)  # a reader of the old vectors keeps them
     vectors = np.lib.format.open_memmap(out / "embeddings.npy", mode=mode, dtype=dtype,
@@ -240,45 +230,62 @@ def build(corpus: Path, encoder: str, out: Path, *, device: str = "cpu", batch_s
     for first, chunk in embed_corpus(lines, model, start=start, batch_size=batch_size):
         vectors[first : first + len(chunk)] = chunk.cpu().numpy()
         vectors.flush()
-        text = json.dumps({**facts, "done": first + len(chunk)}, indent=1) + "\n"
+        progress = {"done": first + len(chunk), "num_cut": model.num_cut}
+        text = json.dumps({**facts, **progress}, indent=1) + "\n"
         write_aside(out / "index.json", lambda path, text=text: path.write_text(text))
     if faiss is not None:
         index = faiss.IndexFlatIP(facts["dim"])
         for first in range(0, len(vectors), EMBED_ROWS):
             index.add(vectors[first : first + EMBED_ROWS].astype(np.float32))
         write_aside(out / "index.faiss", lambda path: faiss.write_index(index, str(path)))
+    _say_cut(model.num_cut, lines, model)
     print(f"{out}: {len(lines)} passages, {vectors.nbytes / 2**30:.2f} GiB of {dtype}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("retriever.py", description=__doc__.split("\n")[0])
+    parser = Parser("retriever.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("build", help="embed a corpus")
     search = commands.add_parser("search", help="print the passages for queries")
+    plain = commands.add_parser("convert", help="write a corpus of another format as JSON lines")
+    plain.add_argument("--corpus", type=Path, required=True, help="gz, bz2, xz, tsv, parquet, ...")
+    plain.add_argument("--out", type=Path, required=True, help="new file")
     for command in (make, search):
         command.add_argument("--corpus", type=Path, default=WORLD / "corpus.jsonl")
         command.add_argument("--encoder", default=str(WORLD / "encoder"), help="folder or model id")
         command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps")
+        for kind in ("query", "passage"):
+            command.add_argument(f"--{kind}-prefix", help=f"before each {kind}; default: the "
+                                 "encoder's own")
+        command.add_argument("--max-tokens", type=int, help="of a text; default: as many as the "
+                             "encoder's folder says, or as the index was built with")
     make.add_argument("--out", type=Path, required=True, help="folder of the index")
     make.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    make.add_argument("--batch-size", type=int, default=64, help="passages at once")
+    make.add_argument("--batch-size", type=count, default=64, help="passages at once")
     make.add_argument("--with-faiss", "--faiss", action="store_true", help="and index.faiss")
     search.add_argument("queries", nargs="+")
     search.add_argument("--index", type=Path, help="folder, or faiss file; default: embed now")
     search.add_argument("--backend", choices=("auto", "torch", "faiss"), default="auto")
-    search.add_argument("--top-k", type=int, default=3, help="passages a query")
+    search.add_argument("--top-k", type=count, default=3, help="passages a query")
     options = vars(parser.parse_args())
-    try:
-        if options.pop("command") == "build":
+    with reporting("retriever.py"):
+        check_path(str(options["corpus"]), "FILE", "--corpus")
+        if (command := options.pop("command")) == "convert":
+            return convert(**options)
+        options["device"] = pick_device(options["device"])
+        options["prefixes"] = {kind: options.pop(f"{kind}_prefix") for kind in ("query", "passage")}
+        if not is_remote(options["encoder"]):
+            check_path(options["encoder"], "DIR", "--encoder")
+        if options.get("index"):
+            check_path(str(options["index"]), "PATH", "--index")
+        if command == "build":
             return build(**options)
         queries, top_k = options.pop("queries"), options.pop("top_k")
         results = Retriever.load(**options).search(queries, top_k)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"retriever.py: {error}")
     for query, passages in zip(queries, results, strict=True):
         print(f"\n{query}")
         for passage in passages:
-            print(f"{passage.score:.4f}  [{passage.id}] {passage.title}: {passage.text}")
+            print(f"{passage.score:.4f}  [{passage.id}] {passage.name}: {passage.text}")
 
 
 if __name__ == "__main__":

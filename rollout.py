@@ -9,32 +9,23 @@ Legend: B rows (episodes in flight), T tokens, D width, V vocabulary.
 import importlib
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import episode as record
 from data import Passage, Question
-from episode import (
-    SEARCH_R1,
-    Episode,
-    Protocol,
-    Segment,
-    begin_episode,
-    observation_ids,
-    parse_action,
-    unique_passages,
-)
-from infra.config import load_named, setting
+from episode import SEARCH_R1, Episode, Protocol, Segment
+from infra.config import setting
 from infra.parallel import uniforms
 from kernels import blocked, in_blocks, sample
 from model import Decoder, KVCache
 from tokenizer import Tokenizer
 
-SEARCH_TRIES = 3
 # Steps of the other rows before a search's results are used; a CPU cannot do both at once.
 SEARCH_STEPS = {"cpu": 1, "cuda": 8}
 MAX_PREFILL_TOKENS = 16384  # at once; the MLP's activations of them take the memory
@@ -43,19 +34,25 @@ SearchEngine = Any  # has search(queries, top_k) -> passages of each, as retriev
 
 @dataclass
 class RolloutSettings:
-    protocol: str = setting("search-r1", "what the agent may write: search-r1, or FILE.py:NAME")
+    protocol: str = setting("search-r1", "what the agent may write", reads="search-r1|FILE.py:NAME")
     max_turns: int = setting(4, "turns that may search (paper Table 8)")
-    top_k: int = setting(3, "passages per search (paper Table 8)")
-    max_new_tokens: int = setting(500, "tokens per turn (paper Table 8: response length)")
-    max_obs_tokens: int = setting(500, "tokens of one <information> block (official code)")
-    max_context_tokens: int = setting(4096, "tokens of prompt and episode (paper Table 8)")
+    top_k: int = setting(3, "passages per search (paper Table 8)", at_least=1)
+    max_new_tokens: int = setting(500, "tokens per turn", above=0, below="max_context_tokens")
+    max_obs_tokens: int = setting(500, "tokens a search shows", above=0, below="max_context_tokens")
+    max_context_tokens: int = setting(4096, "tokens of prompt and episode (Table 8)", at_least=2)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy")
-    top_p: float = setting(1.0, "nucleus sampling; training needs 1.0")
-    prompt: str = setting("paper", "paper (Table 7), short, row (its own), or FILE with {question}")
-    rollout_rows: int = setting(64, "episodes in flight at once")
-    corpus: str = setting("", "passages, JSONL")
-    encoder: str = setting("", "checkpoint of the passage encoder")
-    index: str = setting("", "index of the corpus; empty: embed the corpus at the start")
+    top_p: float = setting(1.0, "nucleus sampling; reinforcement needs 1", above=0, at_most=1)
+    answer_rule: str = setting("squad", "how answers are compared: as in the paper; see metrics.md",
+                               choices=("squad", "unicode", "numbers"), rare=True)
+    prompt: str = setting("paper", "paper: Table 7; row: the row's own; FILE with {question}",
+                          reads="paper|short|row|FILE")
+    rollout_rows: int = setting(64, "episodes in flight at once", at_least=1)
+    corpus: str = setting("", "passages, JSONL", reads="FILE")
+    encoder: str = setting("", "checkpoint of the passage encoder", reads="DIR")
+    query_prefix: str | None = setting(None, "before each query; none: its own", rare=True)
+    passage_prefix: str | None = setting(None, "before each passage; none: its own", rare=True)
+    index: str = setting("", "of the corpus; empty: embed the corpus at the start", reads="PATH")
+    search_timeout_s: float = setting(60.0, "a longer search has failed", above=0, rare=True)
 
 
 class Policy(NamedTuple):
@@ -69,6 +66,7 @@ class Policy(NamedTuple):
 
 
 def load_protocol(spec: str) -> Protocol:
+    from infra.named import load_named  # here, because most protocols are this one
     return SEARCH_R1 if spec == SEARCH_R1.name else load_named(spec, "--protocol", Protocol)
 
 
@@ -78,9 +76,9 @@ def generate(policy: Policy, retriever: SearchEngine | None,
              protocol: Protocol | None = None) -> list[Episode]:
     """Play one episode for each question to its end, in the order of the questions.
 
-    Question i is episode first_episode + i. This number, the seed and the weights determine the
-    episode, whatever else is in the batch. An episode that was begun (episode.begin_episode) may
-    stand in a question's place. progress: a bar's name. protocol: by default the settings' one.
+    Question i is episode first_episode + i. This number, the seed and the weights determine it,
+    whatever else is in the batch. In a question's place may stand an episode that was begun
+    (episode.begin_episode). progress: a bar's name. protocol: by default the settings' one.
     """
     if retriever is None and settings.max_turns > 0:
         raise ValueError(f"--max-turns {settings.max_turns}: got no corpus to search; give "
@@ -88,7 +86,7 @@ def generate(policy: Policy, retriever: SearchEngine | None,
     episodes, rows = [], []
     for number, episode in enumerate(questions, first_episode):
         if isinstance(episode, Question):
-            episode = begin_episode(policy.tokenizer, episode, settings.prompt)
+            episode = record.begin_episode(policy.tokenizer, episode, settings.prompt)
         episodes.append(episode)
         if len(episode.ids) < settings.max_context_tokens:
             rows.append(_Row(episode, number, episode.ids))
@@ -96,10 +94,9 @@ def generate(policy: Policy, retriever: SearchEngine | None,
         else:  # a prompt that fills the context leaves no room to act
             episode.status = "max_tokens"
     protocol = protocol or load_protocol(settings.protocol)
-    with in_blocks(policy.decoder), ThreadPoolExecutor(1) as searcher:
-        bar = tqdm(rows, desc=progress, disable=not progress, leave=False, mininterval=1)
-        _Engine(policy, retriever, settings, protocol, seed, searcher).run(rows, bar)
-        bar.close()
+    bar = tqdm(rows, desc=progress, disable=not progress, leave=False, mininterval=1)
+    with in_blocks(policy.decoder), bar:
+        _Engine(policy, retriever, settings, protocol, seed).run(rows, bar)
     return episodes
 
 
@@ -135,15 +132,14 @@ class _Engine:
     """
 
     def __init__(self, policy: Policy, retriever: SearchEngine | None, settings: RolloutSettings,
-                 protocol: Protocol, seed: int, searcher: ThreadPoolExecutor) -> None:
-        self.decoder, self.tokenizer = policy
-        self.retriever, self.searcher = retriever, searcher
+                 protocol: Protocol, seed: int) -> None:
+        self.decoder, self.tokenizer, self.retriever = *policy, retriever
         self.settings, self.protocol, self.seed = settings, protocol, seed
         self.head, self.device = blocked(policy.head), policy.head.device
         self.num_steps = 0
-        # Both closing tags end in ">", so only a token with that character can complete one.
+        # All closing tags end in ">", so only a token with that character can complete one.
         self.closers = policy.tokenizer.containing(">")
-        self.search: Future[list[list[Passage]] | None] | None = None  # the one under way
+        self.search = None  # the one under way, a Future; its result is None if it kept failing
 
     @torch.no_grad()
     def run(self, rows: list[_Row], bar: tqdm) -> None:
@@ -226,9 +222,11 @@ class _Engine:
         turn.logprobs.append(logprob)
         is_full = row.num_cached + 1 >= self.settings.max_context_tokens
         is_cut = is_full or len(turn.ids) >= self.settings.max_new_tokens
-        text = before.opens + self.tokenizer.decode(turn.ids) if token in self.closers else ""
-        is_complete = "</search>" in text or "</answer>" in text
-        if is_complete or is_cut or token == self.tokenizer.eos_id:
+        is_over, text = is_cut or token in self.tokenizer.end_ids, ""
+        if is_over or token in self.closers:
+            text = before.opens + self.tokenizer.decode(turn.ids)
+        said = record.outside_thoughts(text).partition("<think>")[0]  # an open one goes past tags
+        if is_over or "</search>" in said or "</answer>" in said:
             self.end_turn(row, text, is_full=is_full, is_cut=is_cut)
         elif self.protocol.interrupt:
             if segment := self.protocol.interrupt(row.episode, self.tokenizer):
@@ -236,7 +234,7 @@ class _Engine:
 
     def end_turn(self, row: _Row, text: str, *, is_full: bool, is_cut: bool) -> None:
         """End the episode, wait for a search, or go on after a notice."""
-        episode, action = row.episode, parse_action(text, self.protocol)
+        episode, action = row.episode, record.parse_action(text, self.protocol)
         if action.kind == "answer":
             episode.status, episode.answer = "answered", action.content
         elif is_full:
@@ -250,7 +248,8 @@ class _Engine:
             episode.dropped_queries += len(action.queries) - len(row.queries)
         else:
             row.turn += 1
-            self.put_in(row, Segment("environment", self.tokenizer.encode(self.protocol.notice)))
+            ids = self.tokenizer.encode(self.protocol.notice, own=True)
+            self.put_in(row, Segment("environment", ids))
 
     def put_in(self, row: _Row, segment: Segment) -> None:
         """Append the environment's segment and let the agent go on, if there is room for it."""
@@ -264,7 +263,9 @@ class _Engine:
         """Start one search for all rows that wait; the others go on writing meanwhile."""
         self.asking = [self.rows[slot] for slot in slots]
         queries = [query for row in self.asking for query in row.queries]
-        self.search = self.searcher.submit(_search, self.retriever, queries, self.settings.top_k)
+        from infra.background import keep_trying  # here, because only agents that search need it
+        search = partial(_search, self.retriever, queries, self.settings.top_k)
+        self.search = keep_trying("search", search, self.settings.search_timeout_s)
         # The step before which the results are not used, even if they are there.
         self.deadline = self.num_steps + SEARCH_STEPS.get(self.device.type, 1)
 
@@ -276,23 +277,22 @@ class _Engine:
             if results is None:
                 row.episode.status = "search_error"
                 continue
-            passages = unique_passages(results[: len(queries)])
+            passages = record.unique_passages(results[: len(queries)])
             results = results[len(queries) :]
             row.episode.queries += queries
             row.episode.passages.append(passages)
             row.turn += 1
-            self.put_in(row, Segment("environment", observation_ids(
+            self.put_in(row, Segment("environment", record.observation_ids(
                 self.tokenizer, passages, self.settings.max_obs_tokens, self.protocol)))
 
 
-def _search(engine: SearchEngine, queries: list[str], top_k: int) -> list[list[Passage]] | None:
-    """One batched search, tried again when it fails; None when it keeps failing."""
-    for attempt in range(1, SEARCH_TRIES + 1):
-        try:
-            return engine.search(queries, top_k)
-        except (OSError, RuntimeError) as error:
-            print(f"search failed ({attempt} of {SEARCH_TRIES} tries): {error}", file=sys.stderr)
-    return None
+def _search(engine: SearchEngine, queries: list[str], top_k: int) -> list[list[Passage]]:
+    """One batched search; raises if what comes back are not passages for each query."""
+    results = [[*passages] for passages in engine.search(queries, top_k)]
+    "".join(p.title + p.text for passages in results for p in passages).encode()  # they are text
+    if len(results) != len(queries):
+        raise ValueError(f"got {len(results)} lists of passages for {len(queries)} queries")
+    return results
 
 
 if __name__ == "__main__":

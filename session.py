@@ -40,22 +40,22 @@ class Session(NamedTuple):
 def open_session(settings: TrainSettings, device: torch.device, task: Task, *,
                  asks: bool = True) -> Session:
     """Questions, and passages if episodes search. asks: whether the phase asks questions at all."""
+    from infra.checks import (  # here, because `import train` should load little
+        check_asked,
+        check_session,
+    )
     protocol = task.protocol or load_protocol(settings.protocol)
     if not asks:
         return Session(None, [], [], protocol)
-    searches, retriever = settings.max_turns > 0, None
-    if not settings.questions or searches and not (settings.corpus and settings.encoder):
-        raise ValueError(f"phase {settings.phase}: got --questions {settings.questions!r}, "
-                         f"--corpus {settings.corpus!r}, --encoder {settings.encoder!r}, expected "
-                         "all three (the last two are not needed with --max-turns 0)")
-    questions = load_questions(settings.questions)
-    order = shuffled(len(questions), 0)  # the same split for every seed of a run
-    questions = [questions[i] for i in order]
+    check_asked(settings)
+    questions = load_questions(settings.questions, answer_rule=settings.answer_rule)
+    questions = [questions[i] for i in shuffled(len(questions), 0)]  # one split for all seeds
     num_val = min(settings.val_size, len(questions) // 10)
-    if searches:
-        from retriever import Retriever  # here, because only a phase that searches needs it
-        retriever = Retriever.load(settings.corpus, settings.encoder,
-                                   index=settings.index or None, device=device)
+    check_session(settings, len(questions), num_val)
+    retriever = None
+    if settings.max_turns > 0:
+        from retriever import open_retriever  # here, because only a phase that searches needs it
+        retriever = open_retriever(settings, device)
     return Session(retriever, questions[num_val:], questions[:num_val], protocol)
 
 
@@ -63,13 +63,15 @@ def load_policy(path: str, device: torch.device, role: str,
                 dtype: torch.dtype = torch.float32) -> Policy:
     if not path:
         raise ValueError(f"--{role}: got no checkpoint, expected a folder or a hub id")
-    return Policy(load_decoder(path, dtype=dtype, device=device), Tokenizer.load(path))
+    tokenizer = Tokenizer.load(path)
+    return Policy(load_decoder(path, dtype=dtype, device=device, num_ids=tokenizer.size), tokenizer)
 
 
 def open_student(run: Run, settings: TrainSettings) -> Policy:
-    """The policy that a run trains; claims the run's folder."""
-    run.prepare_folder()
+    """The policy that a run trains."""
     student = load_policy(settings.student, run.device, "student")
+    student.tokenizer.date = run.date  # a template may write it; the same when the run goes on
+    run.write_config = lambda: save_policy(student, run.dir, {})
     student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
     return student
 
@@ -81,17 +83,9 @@ def open_frozen(settings: TrainSettings, device: torch.device, role: str,
     policy = load_policy(getattr(settings, role), device, role, dtype)
     policy.decoder.requires_grad_(False)
     if student is not None:
+        from infra.checks import check_same_tokens
         check_same_tokens(student.tokenizer, policy.tokenizer)
     return policy
-
-
-def check_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
-    """The teacher scores the student's ids, so every id must mean the same to both."""
-    ours, theirs = student.full.get_vocab(), teacher.full.get_vocab()
-    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
-        raise ValueError(
-            f"--teacher: got another vocabulary than the student's (for example {differing[:3]}), "
-            "expected the same token ids; take both from one model family")
 
 
 def shard_models(settings: TrainSettings, student: Policy, guide: Policy | None,
@@ -105,5 +99,7 @@ def shard_models(settings: TrainSettings, student: Policy, guide: Policy | None,
 
 
 def save_policy(policy: Policy, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a policy whose unsharded tensors are these."""
+    """Write a policy of these unsharded tensors and its end tokens; without tensors, no weights."""
+    from infra.checks import write_end_tokens
     save_decoder(policy.decoder, policy.tokenizer, folder, state=tensors)
+    write_end_tokens(policy.tokenizer, folder)

@@ -1,30 +1,27 @@
 """Tokenizer: text to ids and back, and chat prompts. Text never becomes a control token."""
 
-import datetime
 import functools
 import json
-import re
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import WordLevel, WordPiece
 
-from infra.files import blaming, file_in, read_json, resolve
+from infra.files import blaming, file_in, resolve
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
          "special_tokens_map.json", "added_tokens.json", "merges.txt", "generation_config.json")
-ROLES = ("system", "user", "assistant", "tool")
-# In a template each content stands as a mark between em spaces: a lost one shows that it trims.
-MARK = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
 
 
-def text_tokenizer(path: Path) -> RawTokenizer:
-    """A tokenizer that matches no added token inside text; [CLS] around a text is still added."""
-    spec = json.loads(path.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
+def text_tokenizer(path: Path, tags: frozenset[str] = frozenset()) -> RawTokenizer:
+    """A tokenizer that matches no added token inside text but `tags`, and puts no blank before it.
+    [CLS] around a text is still added."""
+    spec, _ = read_spec(path)
     for token in spec.get("added_tokens", []):
-        token["special"] = token["special"] or not token["content"].isspace()
+        is_text = token["content"].isspace() or token["content"] in tags
+        token["special"] = token["special"] or not is_text
     tokenizer = RawTokenizer.from_str(json.dumps(spec))
     tokenizer.encode_special_tokens = True  # as text; removed, they would have no ids
     tokenizer.encode("a \ue000")  # parts that do not fit together panic at the first text
@@ -34,46 +31,67 @@ def text_tokenizer(path: Path) -> RawTokenizer:
     return tokenizer
 
 
+def read_spec(path: Path) -> tuple[dict, str]:
+    """tokenizer.json without the blank that it puts before a text; and where it puts one."""
+    from formats.chat import drop_blanks
+    spec = json.loads(path.read_text(encoding="utf-8")) | {"truncation": None, "padding": None}
+    return spec, drop_blanks(spec)
+
+
 class Tokenizer:
     def __init__(self, folder: Path) -> None:
+        from formats import chat
         self.folder = folder
         with blaming(path := file_in(folder, "tokenizer.json"), "a tokenizer"):
-            self.text, self.full = text_tokenizer(path), RawTokenizer.from_file(str(path))
-            self.full.no_truncation()
-            self.full.no_padding()
+            spec, self.blank = read_spec(path)
+            self.text, self.full = text_tokenizer(path), RawTokenizer.from_str(json.dumps(spec))
             self.size = max(self.full.get_vocab(with_added_tokens=True).values()) + 1
-            unknown = json.loads(self.full.to_str())["model"].get("unk_token")
-            added = self.full.get_added_tokens_decoder().items()
-            self.control_ids = frozenset(i for i, t in added if t.special and t.content != unknown)
+            unknown = spec["model"].get("unk_token")
+            # Those of blanks are text to everyone.
+            added = {i: token for i, token in self.full.get_added_tokens_decoder().items()
+                     if token.content != unknown and not token.content.isspace()}
+            self.added_ids = frozenset(added)
+            self.control_ids = frozenset(i for i, token in added.items() if token.special)
         self._containing: dict[str, frozenset[int]] = {}
-        with blaming(path := folder / "tokenizer_config.json", "the settings of a tokenizer"):
-            settings = read_json(path, {})
-            self.template = settings.get("chat_template")
-            if isinstance(self.template, list):  # several, by name
-                templates = {entry["name"]: entry["template"] for entry in self.template}
-                self.template = templates.get("default")
-            if (folder / "chat_template.jinja").is_file():
-                self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-            self.names = {key: name["content"] if isinstance(name, dict) else name
-                          for key, name in settings.items()
-                          if key in ("bos_token", "eos_token", "pad_token") and name}
-            self.eos_id, self.end_ids = self._end_of_turn()
-            self.pad_id = self.eos_id
-            if "pad_token" in self.names:
-                self.pad_id = self._id(self.names["pad_token"])
+        settings, self.names, self.template, self.date = chat.read_settings(folder)
+        with blaming(folder / "tokenizer_config.json", "the settings of a tokenizer"):
+            if self.blank != "never" and settings.get("tokenizer_class", "").startswith("Llama"):
+                self.blank = "always" if settings.get("legacy") else "first"
+            self.eos_id, self.end_ids = self._end_of_turn(chat.listed_ends(folder, self.size))
+            pad = self.names.get("pad_token")
+            self.pad_id = self.eos_id if pad is None else self._id(pad)
+        # What a text begins with where no template says it; what transformers calls BOS.
+        self.start = [*takewhile(self.control_ids.__contains__, self.full.encode("a").ids)]
+        # Added tokens that control nothing, Qwen3's <think> for example.
+        control = self.control_ids | self.end_ids | {self.pad_id, *self.start}
+        self.tags = frozenset(added[i].content for i in self.added_ids - control)
+        letters = {letter for token in added.values() for letter in token.content}
+        self.letters = [c for c in sorted(letters) if not c.isspace() and c not in '"\\']
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Load from a folder or id; ValueError or FileNotFoundError names what does not fit."""
         return cls(resolve(path))
 
-    def encode(self, text: str) -> list[int]:
-        ids = self.text.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, own: bool = False) -> list[int]:
+        """Ids of a piece of text. own: it is ours or the agent's, so that added tokens which
+        control nothing are matched in it; in a text from outside none is."""
+        is_tagged = own and any(tag in text for tag in self.tags)
+        ids = (self.own if is_tagged else self.text).encode(text, add_special_tokens=False).ids
         if not self.control_ids.isdisjoint(ids):
             got = sorted(self.control_ids & set(ids))
             raise ValueError(f"{self.folder}/tokenizer.json: got control ids {got} from text, "
                              "expected none; its model holds them as words: use another tokenizer")
         return ids
+
+    def segment(self, part: dict[str, str], *, is_first: bool) -> list[int]:
+        """Ids of a part of an episode that is given as text: {author, text}."""
+        start = self.start if part["author"] == "prompt" and is_first else []
+        return start + self.encode(part["text"], own=part["author"] == "agent")
+
+    @functools.cached_property
+    def own(self) -> RawTokenizer:
+        return text_tokenizer(self.folder / "tokenizer.json", self.tags)
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
         return self.full.decode(ids, skip_special_tokens=skip_special)
@@ -87,56 +105,48 @@ class Tokenizer:
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, up to where the assistant's turn begins."""
-        contents = [message["content"] for message in messages]
+        from formats import chat
         if self.template is None:
-            return self.encode("\n".join(contents))
-        marked = [{"role": message["role"], "content": f"\u2003\ue000{i}\ue001\u2003"}
-                  for i, message in enumerate(messages)]
-        # A piece, then again and again: em space, number, em space, piece.
-        first, *rest = MARK.split(self._render(marked))
-        missing = sorted(set(range(len(messages))) - {int(number) for number in rest[1::4]})
-        if missing:
-            raise ValueError(f"{self.folder}: chat template: got no content of messages {missing}, "
-                             "expected each as it is; use another template")
-        ids = self.full.encode(first, add_special_tokens=False).ids
-        for before, number, after, piece in zip(*(rest[i::4] for i in range(4)), strict=True):
-            content = contents[int(number)]
-            content = content if before else content.lstrip()
-            ids += self.encode(content if after else content.rstrip())
-            ids += self.full.encode(piece, add_special_tokens=False).ids
-        return ids
+            text = "\n".join(message["content"] for message in messages)
+            return self.start + self.encode(self._begin(text, is_first=True))
+        return self.compose(lambda outside: chat.render(self.template, [
+            {"role": message["role"], "content": outside(message["content"])}
+            for message in messages], self.names, self.date, self.folder), control=True)
 
-    @functools.cached_property
-    def _compiled(self) -> Template:
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
+    def compose(self, render: Callable[[Callable[[str], str]], str], *,
+                control: bool = False) -> list[int]:
+        """Ids of a text of ours with texts from outside in it, in which no added token is matched.
 
-        # The sandbox, because templates come with checkpoints from strangers.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        return environment.from_string(self.template)
+        render: makes the text, and passes each text from outside through the function it gets.
+        control: special tokens are matched, as in a chat template.
+        """
+        from formats import chat
+        text = render(str)
+        if not control and not any(tag in text for tag in self.tags):
+            return self.encode(text)
+        twinned, letters, problem = chat.render_with_twins(render, text, self.letters)
+        if problem and not control:
+            return self.encode(text)
+        if problem:
+            raise ValueError(f"{self.folder}: chat template: got {problem}, expected each content "
+                             "as it is or in parts; use another template")
+        found = (self.full if control else self.own).encode(twinned, add_special_tokens=False)
+        ids, done, end = [], 0, len(twinned)
+        pairs = zip(found.ids, found.offsets, strict=True)
+        for token, (begin, after) in [*pairs, (None, (end, end))]:
+            if token is None or token in self.added_ids:
+                piece = twinned[done:begin].translate(letters)
+                ids += self.encode(self._begin(piece, is_first=not done) if control else piece)
+                ids, done = [*ids, token], after
+        return ids[:-1]
 
-    def _render(self, messages: list[dict]) -> str:
-        for role in (message["role"] for message in messages):
-            if role not in ROLES:  # it is rendered as it is, so it could carry control tokens
-                raise ValueError(f"message role: got {role!r}, expected one of {list(ROLES)}")
-        options = {"add_generation_prompt": True, "tools": None, "documents": None}
-        try:
-            return self._compiled.render(messages=messages, **options, **self.names)
-        except Exception as error:  # a stranger's program may fail in any way
-            got = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.folder}: chat template: got {got}, expected text; check the "
-                             "roles of the messages, or replace the template") from error
+    def _begin(self, piece: str, *, is_first: bool) -> str:
+        """A piece of a conversation, after the blank that this tokenizer puts before it."""
+        has_blank = self.blank == "always" or self.blank == "first" and is_first
+        return " " + piece if has_blank and piece and piece[0] not in " \u2581" else piece
 
-    def _end_of_turn(self) -> tuple[int, frozenset[int]]:
+    def _end_of_turn(self, listed: list[int]) -> tuple[int, frozenset[int]]:
         """The id that ends an assistant's turn in the template, and all that end one."""
-        listed: list[int] = []
-        for name in ("generation_config.json", "config.json"):
-            ids = read_json(self.folder / name, {}).get("eos_token_id")
-            if ids is not None:
-                listed += ids if isinstance(ids, list) else [ids]
         named = [self._id(self.names["eos_token"])] if "eos_token" in self.names else []
         if not named + listed:
             raise ValueError(f"{self.folder}/tokenizer_config.json: got no eos_token; add one")

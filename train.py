@@ -22,29 +22,40 @@ from pathlib import Path
 
 from distil import Schedule, distil
 from episode import load_episodes
-from infra import config
 from infra.run import Run, launch, run_program
 from reinforce import reinforce
 from sampling import write_episodes
 from session import Task, open_frozen, open_session, open_student
-from settings import REINFORCE, TrainSettings, with_defaults
+from settings import DISTIL, REINFORCE, TrainSettings, with_defaults
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
 
 
 def main(argv: list[str]) -> None:
-    if program := config.program_of(config.find_phase(argv, DEFAULT_CONFIG) or ""):
+    from infra import cli  # here, because a reader of the method need not open it
+    if program := cli.program_of(cli.find_phase(argv, DEFAULT_CONFIG) or ""):
         return importlib.import_module(program).train(argv)
-    settings = config.load(TrainSettings, argv, prog="train.py", default_config=DEFAULT_CONFIG,
-                           description=__doc__.split("\n")[0])
-    settings = with_defaults(settings)
+    settings = cli.load(TrainSettings, argv, prog="train.py", default_config=DEFAULT_CONFIG,
+                        description=__doc__.split("\n")[0], finish=with_defaults)
     launch(settings, partial(train, settings=settings))
 
 
 def train(run: Run, settings: TrainSettings) -> None:
     """Run one phase: open what it needs, then enter its loop."""
-    phase = settings.phase
-    task = Task(config.load_scorer(settings.reward, "--reward") if settings.reward else None)
+    phase, is_made = settings.phase, None  # None: no episodes are read
+    guide_role = {"sft": "", "ppo": "student", "grpo": "student"}.get(phase, "teacher")
+    if phase in REINFORCE and settings.kl_where == "none":
+        guide_role = ""  # else Eq. 4's teacher, or Eq. 5's initial policy
+    if guide_role and not getattr(settings, guide_role):
+        raise ValueError(f"--{guide_role}: got no checkpoint, expected a folder or a hub id")
+    if phase in ("episodes", *DISTIL) and (phase != "gkd" or settings.student_share < 1):
+        from infra.parts import find_made  # here, because the second loop does not need it
+        is_made = find_made(run, settings.episodes, settings, takes_any=phase == "sft")
+    if phase == "episodes" and is_made:
+        return None
+    from infra.named import load_scorer  # here, because most runs pay for exact match
+    own = phase in REINFORCE and settings.reward
+    task = Task(load_scorer(settings.reward, "--reward") if own else None)
     session = open_session(settings, run.device, task,
                            asks=phase != "sft" or settings.eval_every > 0)
     if kinds := {q.metadata.get("answer_kind", "text") for q in session.questions} - {"text"}:
@@ -53,22 +64,14 @@ def train(run: Run, settings: TrainSettings) -> None:
     if phase == "episodes":
         teacher = open_frozen(settings, run.device, "teacher")
         return write_episodes(run, settings, teacher, session, settings.episodes)
-    student, guide = open_student(run, settings), None
+    student = open_student(run, settings)
+    guide = open_frozen(settings, run.device, guide_role, student) if guide_role else None
     if phase in REINFORCE:
-        if settings.kl_where != "none":
-            role = "teacher" if phase == "dgpo" else "student"  # Eq. 4; Eq. 5: the initial policy
-            guide = open_frozen(settings, run.device, role, student)
         return reinforce(run, settings, student, guide, session, task)
-    if phase != "sft":
-        guide = open_frozen(settings, run.device, "teacher", student)
-    episodes = []
-    if phase != "gkd" or settings.student_share < 1:
-        if not run.agree(Path(settings.episodes).exists()):
-            if guide is None:
-                raise ValueError(f"--episodes: got {settings.episodes}, which is not there, "
-                                 "expected episodes to learn from; --phase episodes makes them")
-            write_episodes(run, settings, guide, session, settings.episodes)
-        episodes = load_episodes(settings.episodes, student.tokenizer, prompt=settings.prompt)
+    if is_made is False:
+        write_episodes(run, settings, guide, session, settings.episodes)
+    episodes = [] if is_made is None else load_episodes(
+        settings.episodes, student.tokenizer, prompt=settings.prompt)
     import baselines  # here, because a reader of the method need not open it
     schedules = {"gkd": baselines.Gkd, "taid": baselines.Taid,
                  "distillm": partial(baselines.DistiLLM, run, student.tokenizer)}

@@ -29,4 +29,8 @@ def token_f1(episodes: list[Episode]) -> list[float]:
 
     It also pays for a part of the answer. Exact match does not, so it is rarer at first.
     """
-    return [f1(episode.answer, episode.question.golden_answers) for episode in episodes]
+    questions = [episode.question for episode in episodes]
+    return [
+        f1(episode.answer, question.golden_answers, question.answer_rule)
+        for episode, question in zip(episodes, questions, strict=True)
+    ]

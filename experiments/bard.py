@@ -40,6 +40,7 @@ from experiments.rows import (
     training_record,
     write_json,
 )
+from infra.cli import reporting
 
 TRAILS = ROOT / "runs" / "trails"  # models and questions that world.build makes
 # Budgets that are measured: some of those in configs/bard.toml, and some between them.
@@ -106,13 +107,10 @@ def row_job(runs: Path, name: str, seed: int) -> Job:
     episodes = versions(runs, seed)
     if row.phase == "sft":
         episodes = episodes.with_suffix(".chains.jsonl")
-    command = [
-        *train_command(row, PRESETS, student=student, run_dir=folder, seed=seed),
-        "--episodes",
-        str(episodes),
-        "--save-every",
-        "20",
-    ]
+    command = train_command(row, PRESETS, student=student, run_dir=folder, seed=seed)
+    command += ["--save-every", "20"]
+    if row.phase != "bard-rl":
+        command += ["--episodes", str(episodes)]
     needs = (f"data {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
     return Job(f"{name} {seed}", lambda: command, folder / "model.safetensors", needs)
 
@@ -292,7 +290,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reporting("experiments.bard", RuntimeError):
         main(sys.argv[1:])
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"experiments.bard: {error}")

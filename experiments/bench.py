@@ -56,8 +56,10 @@ from experiments import engines
 from experiments.engines import SHAPES, Weights, Work, load_weights, ragged, random_ids
 from experiments.plots import plot_growth
 from infra.checkpoint import write_aside
+from infra.cli import Parser, reporting
 from infra.files import read_json
 from infra.parallel import micro_batches
+from infra.programs import count
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, load_decoder, load_encoder
 
@@ -781,7 +783,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     Also decoders: names for load_weights; widths: of the student's and the teacher's head.
     """
-    parser = argparse.ArgumentParser("experiments.bench", description=__doc__.split("\n")[0])
+    parser = Parser("experiments.bench", description=__doc__.split("\n")[0])
     names = [*BENCHES, "all"]
     add = parser.add_argument
     add("names", nargs="+", choices=names, metavar="NAME", help=" ".join(names))
@@ -789,15 +791,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny sizes: does it run?")
     add("--compile", action="store_true", help="compile peers on a CPU, too (needs a C++ compiler)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--threads", type=count, default=torch.get_num_threads())
     add("--encoder-dir", default=str(ROOT / "world" / "encoder"), metavar="DIR",
         help="a BERT-type checkpoint")
-    add("--shapes", nargs="+", choices=SHAPES, help="decoders with random weights")
+    add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help="decoders with random weights")
     add("--checkpoint", metavar="DIR", help="a decoder in place of --shapes")
     add("--gguf", default="", metavar="FILE", help="the checkpoint's weights, for llama.cpp")
     for name, size in SIZES.items():
         nargs = "+" if isinstance(size.cpu, list) else None
-        add("--" + name.replace("_", "-"), type=int, nargs=nargs, metavar="N", help=size.help)
+        add("--" + name.replace("_", "-"), type=count, nargs=nargs, metavar="N", help=size.help)
     options = parser.parse_args(argv)
     if options.checkpoint and options.shapes:
         parser.error("got --checkpoint and --shapes, expected one of them")
@@ -818,7 +820,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def report(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("experiments.bench report", description="Rows as markdown.")
+    parser = Parser("experiments.bench report", description="Rows as markdown.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the rows of growth")
     options = parser.parse_args(argv)
@@ -849,9 +851,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reporting("experiments.bench"):
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"experiments.bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("experiments.bench: interrupted; the rows of finished rounds are saved")

@@ -1,124 +1,18 @@
-"""Pictures: training curves, budgets of thinking, shapes of rewards, growth of time and memory.
+"""Pictures: budgets of thinking, shapes of rewards, growth of time and memory.
 
-    python -m experiments.plots curves runs/kd/metrics.jsonl runs/dgpo/metrics.jsonl --out curve.png
     python -m experiments.plots budgets runs/eval/NAME/budgets.json ... --out budgets.png
     python -m experiments.plots rewards --out rewards.png
 
-matplotlib is a requirement of development only. A PNG is written with a palette, which makes it a
-third as large.
+Training curves are drawn by `eval.py plot`.
 """
 
-import argparse
-import io
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-DPI = 150
-COLOURS = 256  # of a PNG's palette
-LONGEST_LEGEND = 3  # names that fit into a panel; more of them stand beside it
-
-
-def load_pyplot() -> ModuleType:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError("plot: matplotlib is not installed; run pip install matplotlib") from None
-    matplotlib.use("Agg")  # needs no display
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(figure: Any, out: str | Path) -> None:
-    """Write a figure in the format that the file's suffix names, and close it."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        from PIL import Image  # matplotlib requires it
-
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
-        picture = Image.open(drawn).convert("RGB").quantize(COLOURS)
-        picture.save(out, optimize=True)
-    else:
-        figure.savefig(out, dpi=DPI, bbox_inches="tight")
-    load_pyplot().close(figure)
-
-
-# ---- training curves ----
-
-
-def plot_curves(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Draw score against step; distillation at the left, reinforcement at the right.
-
-    The two have panels of their own because their steps are not comparable. A thin line is the
-    score of the rollouts, dots are validations. Runs whose folders differ by a number only share a
-    colour. paths: metrics.jsonl of runs, or records (experiments.rows) with a "curve".
-    """
-    panels = read_curves(paths)
-    if not panels:
-        raise ValueError(f"plot: got no scores in {', '.join(map(str, paths))}, "
-                         "expected rollout/score or eval/score")
-    figure, axes = load_pyplot().subplots(
-        1, len(panels), figsize=(4.5 * len(panels), 3.6), sharey=True, squeeze=False)
-    methods = list(dict.fromkeys(method for runs in panels.values() for method, _ in runs))
-    for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
-        for method, steps in runs:
-            draw_curve(axis, method, steps, f"C{methods.index(method)}")
-        axis.set(title=title, xlabel="step", xlim=(0, None), ylim=(0, 1))
-        lengths = [steps[-1]["step"] for _, steps in runs]
-        if max(lengths) > 4 * min(lengths):  # a linear axis would press the short runs together
-            axis.set(xscale="log", xlim=(1, None))
-        axis.grid(alpha=0.3)
-        labels = legend_labels(axis)
-        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-        if len(labels) <= LONGEST_LEGEND:
-            place = {"loc": "lower right"}
-        axis.legend(labels.values(), labels.keys(), **place)
-    axes[0, 0].set_ylabel("exact match, sampled")
-    save(figure, out)
-
-
-def read_curves(paths: Sequence[str | Path]) -> dict[str, list[tuple[str, list[dict]]]]:
-    """{"distillation" or "reinforcement": [(method, its steps)]}, without empty panels."""
-    distillation, reinforcement = [], []
-    for path in map(Path, paths):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            record = json.loads(text)
-            method, steps = record["name"], record.get("curve", [])
-        else:
-            method = re.sub(r"-\d+$", "", path.parent.name)
-            steps = [json.loads(line) for line in text.splitlines()]
-        if any("rollout/score" in step for step in steps):
-            reinforcement.append((method, steps))
-        elif any("eval/score" in step for step in steps):
-            distillation.append((method, steps))
-    panels = {"distillation": distillation, "reinforcement": reinforcement}
-    return {title: runs for title, runs in panels.items() if runs}
-
-
-def draw_curve(axis: Any, method: str, steps: list[dict], colour: str) -> None:
-    for key, style, width in (("rollout/score", "-", 0.6), ("eval/score", "o-", 1.5)):
-        x = [step["step"] for step in steps if key in step]
-        y = [step[key] for step in steps if key in step]
-        if x:
-            label = method if key == "eval/score" else None
-            axis.plot(x, y, style, linewidth=width, markersize=4, color=colour, label=label)
-
-
-def legend_labels(axis: Any) -> dict[str, Any]:
-    """What was drawn under each label, once: the lines of several seeds share a label."""
-    handles, labels = axis.get_legend_handles_labels()
-    return dict(zip(labels, handles, strict=True))
-
-
-# ---- other pictures ----
+from infra.cli import Parser, reporting
+from infra.curves import legend_labels, load_pyplot, save
 
 
 def plot_budgets(paths: Sequence[str | Path], out: str | Path) -> None:
@@ -207,14 +101,11 @@ def plot_growth(rows: Sequence[dict], out: str | Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("experiments.plots", description=__doc__.split("\n")[0])
+    parser = Parser("experiments.plots", description=__doc__.split("\n")[0])
     pictures = parser.add_subparsers(dest="picture", required=True)
-    draw = {"curves": plot_curves, "budgets": plot_budgets}
-    texts = {"curves": ("metrics.jsonl of runs, or records", "score against step"),
-             "budgets": ("budgets.json of bard.py measure", "accuracy and length against budget")}
-    for name, (files, text) in texts.items():
-        picture = pictures.add_parser(name, help=text)
-        picture.add_argument("files", nargs="+", type=Path, metavar="FILE", help=files)
+    budgets = pictures.add_parser("budgets", help="accuracy and length against budget")
+    budgets.add_argument("files", nargs="+", type=Path, metavar="FILE",
+                         help="budgets.json of bard.py measure")
     pictures.add_parser("rewards", help="rewards of bard.py against the length of thinking")
     for name, picture in pictures.choices.items():
         picture.add_argument("--out", default=f"{name}.png", help="file (default %(default)s)")
@@ -222,11 +113,9 @@ def main(argv: list[str]) -> None:
     if options.picture == "rewards":
         plot_rewards(options.out)
     else:
-        draw[options.picture](options.files, options.out)
+        plot_budgets(options.files, options.out)
 
 
 if __name__ == "__main__":
-    try:
+    with reporting("experiments.plots"):
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"experiments.plots: {error}")

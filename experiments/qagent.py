@@ -46,6 +46,7 @@ from experiments.rows import (
     verdict,
     write_json,
 )
+from infra.cli import reporting
 
 READERS = ROOT / "runs" / "readers"  # models that world.build makes
 GENERATORS = ("small", "large")
@@ -88,7 +89,10 @@ ROWS = {
         "with the published hit",
         "qagent",
         begins="stage-1",
-        flags=("--stage", "2", "--hit-in", "trajectory", "--steps", str(MORE_STEPS)),
+        flags=(
+            "--stage", "2", "--hit-in", "trajectory", "--hit-rule", "substring",
+            "--steps", str(MORE_STEPS),
+        ),
     ),
 }
 # The models of rows that are not trained. The rows without a model need no agent.
@@ -271,7 +275,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reporting("experiments.qagent", RuntimeError):
         main(sys.argv[1:])
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"experiments.qagent: {error}")

@@ -23,9 +23,11 @@ import numpy as np
 import eval as evaluation
 from experiments import rows
 from experiments.jobs import CORES, ROOT, Job, eval_job, run_jobs, torchrun, train_job
-from experiments.plots import plot_curves, plot_sizes
+from experiments.plots import plot_sizes
 from experiments.rows import Record, Row, read_json, read_lines, read_records, verdict, write_json
-from infra import config
+from infra import cli, config
+from infra.cli import reporting
+from infra.curves import plot_curves
 from model import load_decoder
 from settings import DISTIL, REINFORCE, TrainSettings
 
@@ -192,15 +194,18 @@ def row_command(pair: Pair, name: str, seed: int, folder: Path, times: float) ->
     student = pair.runs / f"{begins}-{seed}" if begins in ROWS else pair.models / begins
     command = rows.train_command(ROWS[name], ["world"], student=student, run_dir=folder, seed=seed)
     rate, preset = preset_rate(name)
-    return [*command, "--episodes", str(pair.episodes(seed)),
-            "--teacher", str(pair.models / "teacher"), "--save-every", "10",
-            "--" + rate.replace("_", "-"), f"{preset * times:g}"]
+    command += ["--save-every", "10", "--" + rate.replace("_", "-"), f"{preset * times:g}"]
+    given = {"episodes": pair.episodes(seed), "teacher": pair.models / "teacher"}
+    for setting, path in given.items():
+        if config.reads(TrainSettings, setting, row_settings(name).phase):
+            command += [f"--{setting}", str(path)]
+    return command
 
 
 def row_settings(name: str) -> TrainSettings:
     """What the presets and flags of a row say."""
     flags = rows.row_flags(ROWS[name], ["world"], ROOT / "configs")
-    return config.load(TrainSettings, flags, prog="train.py", description="")
+    return cli.load(TrainSettings, flags, prog="train.py", description="")
 
 
 def preset_rate(name: str) -> tuple[str, float]:
@@ -363,9 +368,9 @@ def training_lines(runs_of: dict[str, list[Record]]) -> Iterator[str]:
             yield f"{ROWS[name].label:26} {took:20} {scores}  {collapsed} collapsed"
 
 
-def stability(curve: list[dict]) -> tuple[float, float]:
+def stability(curve: dict[str, list]) -> tuple[float, float]:
     """(best, last) mean of five steps' sampled scores; NaN if nothing was sampled."""
-    scores = [point["rollout/score"] for point in curve if "rollout/score" in point]
+    scores = [score for score in curve.get("rollout/score", []) if score is not None]
     means = [sum(scores[i : i + 5]) / 5 for i in range(len(scores) - 4)]
     return (max(means), means[-1]) if means else (math.nan, math.nan)
 
@@ -457,7 +462,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reporting("experiments.reproduce", RuntimeError):
         main(sys.argv[1:])
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"experiments.reproduce: {error}")

@@ -19,6 +19,8 @@ import numpy as np
 from eval import compare_correct
 from experiments.jobs import ROOT
 from infra.checkpoint import write_aside
+from infra.cli import Parser
+from infra.programs import number
 
 SEEDS = (0, 1, 2)
 Record = dict[str, Any]
@@ -106,16 +108,16 @@ def row_record(row: str, seed: int | None) -> Record:
 def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
     """A run's settings, number of steps, seconds, and the curves of these metrics."""
     metrics = read_lines(run_dir / "metrics.jsonl")
-    curve = []
-    for step in metrics:
-        if any(key in step for key in curve_keys):
-            point = {"step": step["step"]}
-            for key in curve_keys:
-                if step.get(key) is not None:
-                    point[key] = round(step[key], 4)
-            curve.append(point)
+    logged = [step for step in metrics if any(key in step for key in curve_keys)]
+    # A list for each metric, because the names would take most of the file.
+    curve = {"step": [step["step"] for step in logged]}
+    for key in curve_keys:
+        values = [step.get(key) for step in logged]
+        if any(value is not None for value in values):
+            curve[key] = [None if value is None else round(value, 4) for value in values]
     return {
-        "train": read_json(run_dir / "run.json"),
+        "train": {key: value for key, value in read_json(run_dir / "run.json").items()
+                  if key not in ("paths", "history")},  # of this machine
         "num_steps": len(metrics),
         "train_s": seconds(run_dir),
         "curve": curve,
@@ -190,7 +192,7 @@ def parse_experiment(
 
     A row brings the rows that it begins from; all are in the order of the experiment's table.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -200,7 +202,7 @@ def parse_experiment(
     add(
         "--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=", ".join(rows)
     )
-    add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="N", help="default 0 1 2")
+    add("--seeds", nargs="+", type=number, default=list(SEEDS), metavar="N", help="default 0 1 2")
     options = parser.parse_args(argv)
     options.runs = options.runs.resolve()
     options.records = options.records or options.runs / "records"

@@ -2,9 +2,11 @@
 
     <run_dir>/state/step_000040/actor.safetensors, actor_adam.safetensors, ..., meta.json
 
-meta.json holds step, the score of its validation (or null), num_processes, the schedule's state and
-a SHA-256 for each file. A state is written under another name, flushed to the disk and renamed, so
-a half-written one is never loaded. One that was damaged later is passed over for the one before it.
+meta.json holds step, num_steps, the score of its validation (or null), num_processes, the
+schedule's state and a SHA-256 for each file. A state is written under another name, flushed to the
+disk and renamed, so a half-written one is never loaded. One that was damaged later is passed over
+for the one before it. A state is a checkpoint folder, too: it has hard links to its weights under
+the public name, and to the run's config.json, tokenizer and run.json.
 
 The order of the data, the learning rate and the sampling noise are functions of (seed, step), so
 the step number stands for all of them. Tensors are saved unsharded, for any number of processes.
@@ -26,17 +28,21 @@ from torch import Tensor, nn
 from infra.parallel import gather, shard_like
 
 NUM_KEPT = 2  # the newest states; the one with the best validation score is kept as well
+MODEL = "model.safetensors"  # the public name of weights
 Modules, Optimizers = dict[str, nn.Module], dict[str, torch.optim.Optimizer]
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically: a reader, or a crash, sees the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial{os.getpid()}")
-    write(partial)
-    umask = os.umask(0)
-    os.umask(umask)  # the only way to read it is to set it
-    partial.chmod(0o666 & ~umask)  # safetensors would leave it readable by its owner alone
-    os.replace(partial, path)
+    try:
+        write(partial)
+        umask = os.umask(0)
+        os.umask(umask)  # the only way to read it is to set it
+        partial.chmod(0o666 & ~umask)  # safetensors would leave it readable by its owner alone
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # on a full disk
 
 
 def flush(path: Path) -> None:
@@ -86,7 +92,7 @@ def save_state(run_dir: Path, modules: Modules, optimizers: Optimizers, meta: di
             continue  # the other processes still wait for this one to gather
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            save_file(gathered, path)
+            save_file(gathered, path, metadata={"format": "pt"})
             digests[path.name] = digest(path)
         except (OSError, SafetensorError) as error:
             problem = OSError(f"{path}: {error}")
@@ -97,6 +103,9 @@ def save_state(run_dir: Path, modules: Modules, optimizers: Optimizers, meta: di
             raise problem
         meta = {**meta, "files": digests}
         (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        link(partial / f"{next(iter(modules))}.safetensors", partial / MODEL)  # the policy is first
+        for path in (p for kind in ("json", "jinja", "txt") for p in run_dir.glob(f"[!.]*.{kind}")):
+            link(path, partial / path.name)
         for path in (*partial.iterdir(), partial):
             flush(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,6 +117,16 @@ def save_state(run_dir: Path, modules: Modules, optimizers: Optimizers, meta: di
     complete = states(run_dir)
     for old in {*complete} - {*complete[-NUM_KEPT:], best_state(complete)}:
         shutil.rmtree(old)
+
+
+def link(source: Path, path: Path) -> None:
+    """A second name for a file, if it is free; a copy where the disk has no hard links."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def named_tensors(modules: Modules, optimizers: Optimizers) -> dict[str, dict[str, Tensor]]:

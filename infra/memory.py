@@ -1,5 +1,7 @@
-"""Out of memory: what the memory went to, and which setting changes each part."""
+"""Memory and disk: what they go to, and which setting changes each part."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,3 +39,23 @@ def memory_report(
              for size, name, knob in sorted(parts, reverse=True)]
     return (f"out of memory at a peak of {peak / 2**30:.2f} GiB. Change first what is largest:\n"
             + "\n".join(lines))
+
+
+def disk_report(run_dir: Path, networks: dict[str, nn.Module], num_kept: int,
+                save_every: int) -> str:
+    """What a run will keep on the disk, and whether there is room for it."""
+    model, *others = [sum(p.numel() * p.element_size() for p in network.parameters())
+                      for network in networks.values()]
+    state = 3 * (model + sum(others))  # weights and Adam's two moments
+    folder = run_dir / "state"
+    free, num_there = shutil.disk_usage(run_dir).free, len([*folder.glob("step_*")])
+    # The newest ones, the best one, and the one that is being written; without --save-every the
+    # last one alone.
+    num_states = num_kept + 2 if save_every else 1
+    wanted = max(0, num_states - num_there) * state + model
+    text = (f"states in {folder}: the {num_kept} newest and the best, {state / 2**30:.3g} GiB each;"
+            f" the result has {model / 2**30:.3g} GiB")
+    if free < wanted:
+        text += (f"\nwarning: {run_dir}: got {free / 2**30:.3g} GiB free on the disk, expected "
+                 f"{wanted / 2**30:.3g} GiB; make room, or give a --run-dir on another disk")
+    return text

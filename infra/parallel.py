@@ -23,11 +23,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 
 def pick_device(name: str) -> str:
-    """The device that --device names; auto means cuda if there is one, else cpu."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """The device that --device names, if it is there; auto means cuda if there is one, else cpu."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{i}" for i in range(num_gpus)),
+             *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name == "auto":
+        return "cuda" if num_gpus else "cpu"
+    if name not in there:
+        raise ValueError(f"--device: got {name!r}, expected auto or a device of this machine: "
+                         f"{', '.join(there)}")
+    return name
 
 
 def start_processes(device: str, timeout_minutes: float) -> tuple[int, int, torch.device]:
@@ -35,6 +44,10 @@ def start_processes(device: str, timeout_minutes: float) -> tuple[int, int, torc
     device = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, torch.device(device)
+    num_here, is_numbered = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ":" in device
+    if is_numbered or device == "cuda" and num_here > torch.cuda.device_count():
+        raise ValueError(f"--device: got {device} for {num_here} processes on this machine, "
+                         "expected cuda with a GPU for each, or cpu")
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     if device == "cuda":
@@ -67,6 +80,21 @@ def means(group: str, sums: dict[str, float], count: int) -> dict[str, float]:
     """Sums over this process's share as metrics GROUP/NAME: means over all processes."""
     n, *totals = sum_over_processes(*map(torch.tensor, (count, *sums.values())))
     return {f"{group}/{name}": total / max(1, n) for name, total in zip(sums, totals, strict=True)}
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text)
+
+
+def max_over_processes(value: float) -> float:
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    if dist.is_initialized():
+        largest = largest.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def barrier() -> None:
@@ -129,6 +157,15 @@ def pad_groups(groups: list[list[int]]) -> list[list[int]]:
     counts = torch.zeros(dist.get_world_size())
     counts[dist.get_rank()] = len(groups)
     return groups + [[]] * int(max(sum_over_processes(*counts)) - len(groups))
+
+
+def row_weights(mask: Tensor, num_tokens: float, num_rows: float) -> Tensor:
+    """Weights of tokens that turn their mean into one of rows' means: masks of rows [B, T] -> [N].
+
+    num_tokens, num_rows: of all processes and micro-batches; N: tokens of this one.
+    """
+    sizes = mask.sum(1)  # [B]
+    return (num_tokens / max(1, num_rows) / sizes).repeat_interleave(sizes)
 
 
 # ---- sharded modules ----

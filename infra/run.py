@@ -1,27 +1,29 @@
 """A run: its folder, its log, its progress bar, when its state is saved, and how it ends early.
 
-    run.json            resolved settings, commit, versions
+    run.json            resolved settings, commit, versions, date; `history`: former records
     metrics.jsonl       one line a step: numbers that depend on the computation alone
     perf.jsonl          one line a step: times, tokens per second, memory
     samples/            episodes as text
-    state/              what --resume continues from
+    state/              what --resume continues from; each state is a model, too
     generated/          what a student wrote for its replay buffer (distillm)
     collapse.txt        why the run was stopped, if its score collapsed
-    model.safetensors   the result, with config.json and the tokenizer's files
+    model.safetensors   the result; config.json and the tokenizer's files are there from the start
+    .lock               held while a process writes here
 
 Only rank 0 writes. Every process calls every method, because some of them wait for the others.
 """
 
 import json
 import math
+import os
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -37,17 +39,17 @@ from infra.parallel import (
     barrier,
     end_processes,
     gather,
+    pick_device,
     start_processes,
     sum_over_processes,
     update,
 )
 
-# Settings that may change between a run and its resumption without changing a number.
-MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minutes"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COLLAPSED = 3  # exit status of a run that has collapsed and left its best weights
 MAX_SKIPPED = 5  # updates left out in consecutive steps before the run gives up
 LOGS = ("metrics.jsonl", "perf.jsonl")
+OF_ONE_RUN = (*LOGS, "run.json", "collapse.txt", checkpoint.MODEL, "state", "generated")
 SHOWN = {  # metrics beside the progress bar
     "rollout/score": "score", "eval/score": "val", "loss/kd": "loss", "loss/entropy": "entropy",
     "rollout/kl_student_guide": "kl", "rollout/searches": "searches"}
@@ -57,32 +59,40 @@ Export = Callable[[dict[str, Tensor]], object]  # writes a model, given its unsh
 
 class Stop(Exception):
     """The run cannot go on; the text says why and what to do."""
+    status = 1  # of the program, when it exits
 
 
 class Collapse(Stop):
     """The run became worse than it was; it leaves its best weights."""
+    status = COLLAPSED
 
 
 @dataclass
 class RunSettings:
     """What any training run can be told."""
     phase: str = setting("", "what to run")
-    run_dir: str = setting("", "where the run writes; empty: runs/<phase>")
+    run_dir: str = setting("", "where the run writes; empty: runs/<phase>", writes="DIR")
     resume: bool = setting(False, "continue the run in run_dir; start it where there is no state")
     overwrite: bool = setting(False, "start again in a run_dir that already holds a run")
-    seed: int = setting(0, "order of the data and sampling noise")
-    device: str = setting("auto", "cpu, cuda, mps; auto: cuda if there is one")
-    eval_every: int = setting(50, "steps between validations; 0: never")
+    seed: int = setting(0, "order of the data and sampling noise", at_most=2**53)
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda if there is one")
+    processes: int = setting(1, "start as many on this machine, like torchrun", at_least=1)
+    timeout_minutes: float = setting(60.0, "a process that waits longer for another ends the job",
+                                     above=0, at_most=1e6, rare=True)
+    eval_every: int = setting(50, "steps between validations; 0: never",
+                              section="learn: all training")
     save_every: int = setting(50, "steps between saved states; 0: only the result")
-    stop_on_collapse: bool = setting(True, "end a run whose score halves; keep its best weights")
-    weight_decay: float = setting(0.01, "AdamW")
-    grad_clip: float = setting(1.0, "largest norm of a gradient")
-    micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it to save memory")
-    checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower")
+    stop_on_collapse: bool = setting(True, "end a run whose score halves; keep its best weights",
+                                     of="reinforce", rare=True)
+    weight_decay: float = setting(0.01, "AdamW", rare=True)
+    grad_clip: float = setting(1.0, "largest norm of a gradient", above=0, rare=True)
+    micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it to save memory",
+                                      at_least=1)
+    checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower",
+                                  rare=True)
     max_minutes: float = setting(0.0, "end after this time, as if all steps were done; 0: never")
-    shard: str = setting("none", "split weights and Adam over processes: of student and critic, or "
-                         "of the teacher, too", choices=("none", "student", "all"))
-    timeout_minutes: float = setting(60.0, "a process that waits longer for another ends the job")
+    shard: str = setting("none", "split weights and Adam over processes; all: teacher's, too",
+                         choices=("none", "student", "all"))
 
 
 class Run:
@@ -104,6 +114,9 @@ class Run:
         self.times: dict[str, float] = {}  # seconds of parts of this step
         self.history: list[dict[str, float]] = []  # the metrics of every step
         self.signal = 0  # the one that asked this process to stop
+        self.record: dict[str, Any] | None = None  # run.json of the run that goes on
+        self.date = date.today().isoformat()  # what templates may write; of the run's first start
+        self.write_config: Callable[[], object] = lambda: None  # config.json, the tokenizer's files
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -120,32 +133,32 @@ class Run:
         return None if step < 0 else self.dir / "state" / f"step_{step:06d}"
 
     def prepare_folder(self) -> None:
-        """Refuse to write over another run, unless told to; then write run.json."""
-        if self.rank == 0:
-            if self.settings.resume:
-                self.say_changed_settings()
-            elif (self.dir / "metrics.jsonl").exists():
-                if not self.settings.overwrite:
-                    raise Stop(f"{self.dir} already holds a run; give --resume to continue it, "
-                               "--overwrite to start again, or another --run-dir")
-                for name in (*LOGS, "collapse.txt"):
-                    (self.dir / name).unlink(missing_ok=True)
-                for name in ("state", "generated"):
-                    shutil.rmtree(self.dir / name, ignore_errors=True)
-            config.save(self.settings, self.dir / "run.json")
-        barrier()
+        """Claim the folder, before anything is loaded; refuse another run's, unless told to."""
+        from infra import record  # in functions: only a run that trains needs it
 
-    def say_changed_settings(self) -> None:
-        try:
-            saved = json.loads((self.dir / "run.json").read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if not isinstance(saved, dict):
-            return
-        for name, value in json.loads(json.dumps(asdict(self.settings))).items():
-            if name in saved.keys() - MAY_DIFFER and value != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                self.say(f"{flag}: was {saved[name]!r}, continues with {value!r}")
+        today = date.today().toordinal()
+        if self.rank == 0:
+            self.lock_file, settings = record.lock(self.dir), asdict(self.settings)
+            record.check_apart(self.dir, settings)
+            if self.settings.resume:
+                self.record = record.read_record(self.dir)
+                for line in record.changes(self.record or {}, settings, self.dir):
+                    self.say(line)
+                with suppress(KeyError, TypeError, ValueError):  # of an earlier version
+                    today = date.fromisoformat(self.record["date"]).toordinal()
+        self.date = date.fromordinal(self.agree(today)).isoformat()
+
+    def write_record(self) -> None:
+        """Write run.json, and config.json; run.json of before stands in its `history`."""
+        from infra.record import paths_of
+
+        history, former = [], self.record
+        if former is not None:
+            history = [*former.pop("history", []), {**former, "until_step": self.steps_done}]
+        more = {"date": self.date, "paths": paths_of(asdict(self.settings)), "history": history}
+        checkpoint.write_aside(
+            self.dir / "run.json", lambda path: config.save(self.settings, path, **more))
+        self.write_config()
 
     def start(self, num_steps: int, batch_size: int, networks: dict[str, nn.Module],
               schedule: Any = None) -> None:
@@ -155,11 +168,21 @@ class Run:
                  f"{self.num_processes} processes, in passes of at most "
                  f"{self.settings.micro_batch_tokens} tokens (perf.jsonl counts them)")
         self.num_steps, self.networks, self.schedule = num_steps, networks, schedule
+        if self.rank == 0:
+            from infra.memory import disk_report
+            from infra.record import clean
+
+            begins_again = self.settings.overwrite and not self.settings.resume
+            for path in clean(self.dir, OF_ONE_RUN if begins_again else ()):
+                self.say(f"removed {path}, which a killed process had not finished")
+            self.say(disk_report(self.dir, networks, checkpoint.NUM_KEPT, self.settings.save_every))
         decay = self.settings.weight_decay
         for name, network in networks.items():  # `update` sets the learning rate of each step
             self.adams[name] = torch.optim.AdamW(network.parameters(), weight_decay=decay)
         if self.settings.resume:
             self.resume()
+        if self.rank == 0:
+            self.write_record()
         self.bar = tqdm(total=num_steps, initial=self.steps_done, desc=self.settings.phase,
                         disable=self.rank != 0, mininterval=1.0)
         self.step_started = time.perf_counter()
@@ -173,10 +196,17 @@ class Run:
         state, problems = checkpoint.newest_state(self.dir) if self.rank == 0 else (None, [])
         for problem in problems:
             self.say(f"{problem}; passed over for the state before it")
+        result = self.dir / checkpoint.MODEL
+        if self.rank == 0 and state is None:
+            if result.exists() or any((self.dir / "state").glob("*.damaged")):
+                raise Stop(f"{self.dir}: got no undamaged state to continue the run from, expected "
+                           "one; start again with --overwrite, or give another --run-dir")
         if state := self.agree_on_state(state):
             self.load(state)
         for name in LOGS if self.rank == 0 else ():
             checkpoint.cut_lines(self.dir / name, self.steps_done)
+        if self.rank == 0 and self.steps_done < self.num_steps:
+            result.unlink(missing_ok=True)  # of an earlier end; the state holds these weights
         barrier()
         if self.steps_done:
             lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -240,7 +270,8 @@ class Run:
             for name in LOGS:
                 with suppress(OSError):  # save_state, which all processes enter, reports it
                     checkpoint.flush(self.dir / name)
-        meta = {"step": self.steps_done, "score": self.score, "num_processes": self.num_processes,
+        meta = {"step": self.steps_done, "num_steps": self.num_steps, "score": self.score,
+                "num_processes": self.num_processes,
                 "schedule": self.schedule.state() if self.schedule else {}}
         checkpoint.save_state(self.dir, self.networks, self.optimizers(), meta,
                               writes=self.rank == 0)
@@ -368,12 +399,31 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return {"memory": host, "gpu": gpu}
 
 
+def refuse_other_run(folder: Path) -> None:
+    if (folder / "metrics.jsonl").exists():
+        raise Stop(f"{folder} already holds a run; give --resume to continue it, --overwrite to "
+                   "start again, or another --run-dir")
+
+
 def launch(settings: Any, phase: Callable[[Run], None]) -> None:
     """Start the processes and run a phase; what ends it early becomes a Stop with advice."""
+    from infra.programs import check_paths  # here, because only programs that start need it
+
+    check_paths(settings)
+    trains = config.reads(type(settings), "save_every", settings.phase)  # in a folder of its own
+    if trains and not (settings.resume or settings.overwrite):
+        refuse_other_run(Path(settings.run_dir))
+    if settings.processes > 1 and "WORLD_SIZE" not in os.environ:
+        from infra.processes import start_several  # here, because torchrun has its own
+
+        pick_device(settings.device)
+        return start_several(settings.processes, settings.timeout_minutes)
     run = Run(settings, *start_processes(settings.device, settings.timeout_minutes))
     try:
         with run.signals():
             torch.manual_seed(settings.seed)
+            if trains:
+                run.prepare_folder()
             phase(run)
     except (RuntimeError, MemoryError) as error:
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -385,21 +435,21 @@ def launch(settings: Any, phase: Callable[[Run], None]) -> None:
             report = memory_report(peak, run.networks, run.adams, settings)
             raise Stop(f"{report}\n({error})") from error
         if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            raise Stop(f"rank {run.rank} of {run.num_processes}: another process ended, or did "
-                       f"not answer within {settings.timeout_minutes} minutes; read what it said, "
-                       f"then --resume\n({error})") from error
+            raise Stop(f"another process ended, or did not answer within "
+                       f"{settings.timeout_minutes} minutes; read what it said, then --resume\n"
+                       f"(rank {run.rank} of {run.num_processes}: {error})") from error
         raise
 
 
 def run_program(name: str, main: Callable[[list[str]], object]) -> None:
     """Run a training program; what a person can mend ends it with one message and a status."""
+    from infra import cli  # here, because a reader of the loops need not open it
+
     try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, Stop) as error:
-        # Flush, because torchrun soon ends what outlives a dead process.
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        sys.exit(COLLAPSED if isinstance(error, Collapse) else 1)
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped at once; --resume continues from the last state")
+        with cli.reporting(name, Stop):
+            try:
+                main(sys.argv[1:])
+            except KeyboardInterrupt:
+                raise Stop("stopped at once; --resume continues from the last state") from None
     finally:
         end_processes()

@@ -4,11 +4,11 @@ Run: python -m pytest tests/test_config.py
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from infra import config
+from infra import cli, config, named
 from infra.config import setting
 
 
@@ -32,7 +32,7 @@ def load(*argv: str, toml: str | None = None, tmp_path=None, **options) -> Setti
     if toml is not None:
         (tmp_path / "preset.toml").write_text(toml)
         argv = ("--config", str(tmp_path / "preset.toml"), *argv)
-    return config.load(Settings, list(argv), prog="train.py", description="Trains.", **options)
+    return cli.load(Settings, list(argv), prog="train.py", description="Trains.", **options)
 
 
 def refused(capsys, *argv: str, **options) -> str:
@@ -204,22 +204,26 @@ def test_the_phase_is_found_before_it_is_known_whose_it_is(tmp_path):
     default, other = tmp_path / "default.toml", tmp_path / "other.toml"
     default.write_text('phase = "kd"')
     other.write_text('phase = "bard-rl"\n[bard-rl]\nsteps = 3\n')
-    assert config.find_phase([], default) == "kd"
-    assert config.find_phase(["--phase", "qagent", "--stage", "2"], default) == "qagent"
-    assert config.find_phase(["--config", str(other), "--lr", "3"], default) == "bard-rl"
-    assert config.find_phase(["--config", str(tmp_path / "absent.toml")], default) is None
-    assert config.find_phase(["--config", "none"], default) is None
+    assert cli.find_phase([], default) == "kd"
+    assert cli.find_phase(["--phase", "qagent", "--stage", "2"], default) == "qagent"
+    assert cli.find_phase(["--config", str(other), "--lr", "3"], default) == "bard-rl"
+    assert cli.find_phase(["--config", str(tmp_path / "absent.toml")], default) is None
+    assert cli.find_phase(["--config", "none"], default) is None
 
 
 def test_what_a_flag_names_in_a_file_is_loaded_and_anything_else_refused(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("def reward(episodes):\n    return [1.0]\n")
-    assert config.load_named(f"{path}:reward", "--reward")([]) == [1.0]
+    assert named.load_named(f"{path}:reward", "--reward")([]) == [1.0]
     monkeypatch.chdir(tmp_path)
-    assert config.load_named("mine.py:reward", "--reward")([]) == [1.0]
+    assert named.load_named("mine.py:reward", "--reward")([]) == [1.0]
     import bard
 
-    assert config.load_named("bard.py:train", "--reward") is bard.train  # of the project, once
+    assert named.load_named("bard.py:train", "--reward") is bard.train  # of the project, once
+    (tmp_path / "qagent.py").write_text("answer = 42\n")  # the current folder comes first
+    assert named.load_named("qagent.py:answer", "--reward", int) == 42
+    with pytest.raises(ValueError, match="--reward mine.py:reward: got .*, expected a int"):
+        named.load_named("mine.py:reward", "--reward", int)
     for wrong in (
         "mine.py:other",
         "absent.py:reward",
@@ -230,7 +234,7 @@ def test_what_a_flag_names_in_a_file_is_loaded_and_anything_else_refused(tmp_pat
         "mine.py:",
     ):
         with pytest.raises(ValueError, match=f"--reward.*{wrong.split(':')[0]}.*expected"):
-            config.load_named(wrong, "--reward")
+            named.load_named(wrong, "--reward")
 
 
 def test_post_init_of_the_dataclass_reports_like_any_mistake(capsys):
@@ -243,7 +247,7 @@ def test_post_init_of_the_dataclass_reports_like_any_mistake(capsys):
                 raise ValueError(f"steps: got {self.steps}, expected at least 1")
 
     with pytest.raises(SystemExit):
-        config.load(Positive, ["--steps", "0"], prog="x.py", description="")
+        cli.load(Positive, ["--steps", "0"], prog="x.py", description="")
     assert "steps: got 0" in capsys.readouterr().err
 
 
@@ -254,12 +258,98 @@ def test_help_names_every_setting_with_type_and_default(capsys):
     assert caught.value.code == 0
     for part in (
         "--lr",
-        "100 % of it (float; default 0.0001)",
+        "--lr FLOAT", "100 % of it [0.0001]",
         "--no-shuffle",
         "kd|dgpo",
         "passages per search",
     ):
         assert part in text
+
+
+@dataclass
+class Loop:
+    """Settings of two phases; a section, and words by which phases say what they read."""
+
+    phase: str = setting("kd", "what to run", choices={"kd": "distil", "ppo": "", "none": ""})
+    corpus: str = setting("", "passages", reads="FILE")
+    lr: float = setting(0.1, "rate", above=0, section="distil: distillation")
+    batch: int = setting(8, "episodes", at_least=1, at_most="total")
+    total: int = setting(16, "of all", at_least=1, of="distil ppo")
+    method: str = setting("", "how; empty: a", choices=("", "a", "b"), section="ppo: ppo")
+    share: float = setting(0.5, "of b", at_most=1, when="method b")
+    sizes: tuple[int, ...] = setting((), "several", at_least=2, section="more")
+    limit: int | None = setting(None, "none: all", at_least=1)
+
+
+def load_loop(*argv: str, finish=lambda loop: replace(loop, method=loop.method or "a")) -> Loop:
+    return cli.load(Loop, list(argv), prog="x.py", description="", finish=finish)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ("--lr 0", ("--lr: got 0.0, expected above 0",)),
+        ("--lr inf", ("--lr", "inf")),
+        ("--batch 0", ("--batch: got 0, expected at least 1",)),
+        ("--batch 17", ("at most 16, see --total",)),
+        ("--phase ppo --total -1", ("--total: got -1",)),
+        ("--sizes 4 1", ("--sizes: got (4, 1), expected at least 2",)),
+        ("--limit 0", ("--limit: got 0, expected at least 1",)),
+        ("--phase ppo --lr 1", ("--lr: got it for phase ppo", "expected it for kd")),
+        ("--method a", ("--method: got it for phase kd", "expected it for ppo")),
+        ("--phase none --total 3", ("--total", "kd, ppo")),
+        ("--phase ppo --share 0.4", ("--share: got it with --method a",)),
+        ("--phase ppo --method b --share 2", ("--share", "at most 1")),
+    ],
+)
+def test_a_value_or_a_flag_that_cannot_work_is_refused(capsys, argv, parts):
+    with pytest.raises(SystemExit) as caught:
+        load_loop(*argv.split())
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and all(part in message for part in parts), message
+
+
+def test_a_flag_that_is_given_twice_is_said_and_the_last_one_counts(capsys):
+    assert load_loop("--lr", "1", "--batch", "4", "--lr=2").lr == 2
+    assert capsys.readouterr().err == "x.py: --lr: got it 2 times; the last one counts\n"
+
+
+def test_what_a_phase_does_not_read_is_not_looked_at():
+    assert load_loop("--phase", "ppo", "--method", "b", "--share", "0.4").share == 0.4
+    assert load_loop("--total", "16", "--batch", "16").batch == 16
+    assert load_loop("--phase", "none").phase == "none"
+    assert load_loop("--phase", "ppo", "--total", "1").batch == 8  # above --total, and not read
+    assert config.reads(Loop, "lr", "kd") and not config.reads(Loop, "lr", "ppo")
+
+
+def test_a_key_that_is_not_read_is_passed_over_at_the_top_and_refused_in_the_phase_s_table(
+    tmp_path, capsys
+):
+    path = tmp_path / "p.toml"
+    path.write_text("lr = 3\nbatch = 99\n")
+    assert load_loop("--phase", "ppo", "--config", str(path)).lr == 3
+    for text in ("[ppo]\nlr = 3\n", "batch = 99\n"):
+        path.write_text(text)
+        phase = "ppo" if "ppo" in text else "kd"
+        with pytest.raises(SystemExit):
+            load_loop("--phase", phase, "--config", str(path))
+        assert "p.toml" in capsys.readouterr().err
+
+
+def test_a_misspelt_fact_about_a_setting_is_a_bug_of_ours():
+    with pytest.raises(AssertionError):
+        setting(1, "help", atleast=1)
+
+
+def test_several_processes_say_the_same_once(tmp_path, monkeypatch, capsys):
+    for rank in range(3):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        with pytest.raises(SystemExit):
+            cli.leave("x.py", "the same" if rank < 2 else "another", 1)
+        assert "x.py: " in json.loads((folder / "error.json").read_text())["message"]["message"]
+    assert capsys.readouterr().err == "x.py: the same\nx.py: another\n"
 
 
 def test_saved_settings_can_be_read_back(tmp_path):
@@ -282,14 +372,19 @@ def test_tables_that_belong_to_no_program_that_trains_are_refused(tmp_path, caps
 
 def test_a_phase_that_is_no_text_is_refused_by_name(tmp_path, capsys):
     (tmp_path / "p.toml").write_text("phase = 3\n")
-    assert config.find_phase(["--config", str(tmp_path / "p.toml")], "absent.toml") is None
-    assert config.find_phase(["--phase"], "absent.toml") is None
+    assert cli.find_phase(["--config", str(tmp_path / "p.toml")], "absent.toml") is None
+    assert cli.find_phase(["--phase"], "absent.toml") is None
     assert capsys.readouterr().err == ""  # the program's own parser says what is wrong
 
 
 def test_a_named_file_may_define_dataclasses(tmp_path):
     text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
     (tmp_path / "mine.py").write_text(text + "@dataclass\nclass A:\n    x: int = 1\n\nA1 = A()\n")
-    assert config.load_named(f"{tmp_path}/mine.py:A1", "--reward").x == 1
+    assert named.load_named(f"{tmp_path}/mine.py:A1", "--reward").x == 1
     with pytest.raises(ValueError, match="expected a Callable"):
-        config.load_scorer(f"{tmp_path}/mine.py:A1", "--reward")
+        named.load_scorer(f"{tmp_path}/mine.py:A1", "--reward")
+
+
+def test_a_flag_that_is_given_twice_is_said_and_its_last_value_counts(capsys):
+    assert load_loop("--lr", "1", "--lr", "2").lr == 2
+    assert capsys.readouterr().err == "x.py: --lr: got it 2 times; the last one counts\n"

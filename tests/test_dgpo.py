@@ -10,6 +10,7 @@ import torch
 
 import dgpo
 from baselines import TaidState, distillm_author, distillm_share, taid_update
+from settings import TrainSettings, with_defaults
 
 FP32 = 1e-6  # results of a few fp32 operations on numbers near 1
 FP64 = 1e-12
@@ -22,6 +23,10 @@ def random_masks(batch: int = 16, tokens: int = 24, seed: int = 0) -> torch.Tens
     mask[:, 0] = False
     mask[:, tokens // 2] = True
     return mask
+
+
+def random_logits(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_eq1_is_cross_entropy_plus_lambda_times_kl_from_teacher_to_student():
@@ -120,6 +125,38 @@ def test_divergences_meet_at_their_limits():
     assert leaf.grad.abs().max() < FP32
     with pytest.raises(ValueError, match="forwards.*expected one of"):
         of("forwards")
+
+
+@pytest.mark.parametrize("mix", [0, 0.0, 1, 1.0])
+def test_l12_at_its_ends_jsd_is_the_kl_that_it_tends_to_and_a_mixture_is_one_side(mix):
+    student, teacher = random_logits(2, 4, 6, seed=7)
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    leaf = student.clone().requires_grad_()
+    got = dgpo.divergence(leaf.log_softmax(-1), log_q, kind="jsd", mix=mix)
+    limit = "reverse" if mix else "forward"
+    torch.testing.assert_close(got, dgpo.divergence(log_p, log_q, kind=limit), atol=0, rtol=0)
+    got.sum().backward()
+    assert leaf.grad.abs().max() > 0.01
+    near = abs(mix - 1e-3)
+    scaled = dgpo.divergence(log_p, log_q, kind="jsd", mix=near) / (1 - near if mix else near)
+    torch.testing.assert_close(got.detach(), scaled, atol=0, rtol=1e-2)
+    assert dgpo.log_mixture(log_q, log_p, mix) is (log_q if mix else log_p)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"mix": 1.0, "distance": "skew"}, "--mix 1.0: --distance skew is 0"),
+        ({"mix": 1.0, "distance": "skew_reverse"}, "--mix 1.0: --distance skew_reverse is 0"),
+        ({"mix": 1.0, "phase": "distillm"}, "--mix 1.0: --distance skew is 0"),
+    ],
+)
+def test_l12_a_mix_with_which_nothing_would_be_learnt_is_refused_by_its_flag(flags, message):
+    with pytest.raises(ValueError, match=message):
+        with_defaults(TrainSettings(**flags))
+    for mix in (0.0, 1.0):
+        with_defaults(TrainSettings(phase="gkd", distance="jsd", mix=mix))
+    with_defaults(TrainSettings(phase="distillm", mix=0.0))
 
 
 def test_eq4_by_hand():
@@ -356,6 +393,18 @@ def test_value_loss_by_hand(value, old, target, expected, is_clipped):
     assert (result.clip_frac.item(), result.count.item()) == (is_clipped, 1)
 
 
+def test_no_loss_counts_rounding_as_clipped():
+    """Old + (new - old) is not always new; 0.0096 of these values were counted once."""
+    generator = torch.Generator().manual_seed(0)
+    old, values, returns = 0.05 * torch.randn(3, 100, 100, generator=generator)
+    mask = torch.ones(100, 100, dtype=torch.bool)
+    assert (old + (values - old) != values).any()
+    assert dgpo.value_loss(values, old, returns, mask, clip_eps=0.5).clip_frac == 0
+    assert dgpo.value_loss(values, old, returns, mask, clip_eps=0.1).clip_frac > 100
+    logprobs = old + 0.3 * (values - old)  # log(1.2) is 0.18
+    assert dgpo.policy_loss(logprobs, old, returns, mask, clip_eps=0.2).clip_frac == 0
+
+
 def test_one_ppo_step_on_a_two_token_toy_matches_the_gradient_by_hand():
     # One state, two tokens, token 0 sampled, advantage 2: d loss / d z = -2 (1[y] - p) at ratio 1.
     z = torch.tensor([[0.3, -0.2]], requires_grad=True)
@@ -393,6 +442,39 @@ def test_kl_penalty_is_k3_of_the_guided_tokens_and_adds_to_the_loss():
     result.loss.backward()
     expected = [0.1 * (1 - math.exp(gap)), 0.0, 0.0]
     assert logprobs.grad.tolist() == pytest.approx(expected, abs=FP32)
+
+
+def expected_gradient(kind: str, logits: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+    """Of kl_penalty in a state with these logits, over all tokens that may be sampled there."""
+    leaf = logits.clone().requires_grad_()
+    logprobs, mask = leaf.log_softmax(-1), torch.ones(len(logits), dtype=torch.bool)
+    penalty = dgpo.kl_penalty(logprobs, guide.log_softmax(-1), mask, kind=kind)
+    (logprobs.detach().exp() * penalty).sum().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [("k3", "forward"), ("k2", "reverse")])
+@pytest.mark.parametrize("seed", range(3))
+def test_l8_the_expected_gradient_of_a_kl_in_the_loss_is_that_of_the_kl_it_is_said_to_be(
+    kind, divergence, seed
+):
+    """By enumeration, in float64: "reverse" is Eq. 4's KL(student || guide)."""
+    logits, guide = (1.5 * x.double() for x in random_logits(2, 7, seed=seed))
+    leaf = logits.clone().requires_grad_()
+    dgpo.divergence(leaf.log_softmax(-1), guide.log_softmax(-1), kind=divergence).backward()
+    got = expected_gradient(kind, logits, guide)
+    torch.testing.assert_close(got, leaf.grad, atol=FP64, rtol=0)
+    other = expected_gradient({"k3": "k2", "k2": "k3"}[kind], logits, guide)
+    assert (other - got).abs().max() > 0.01
+
+
+def test_l8_k2_costs_nothing_without_a_guide():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    guide, mask = torch.tensor([math.nan, -1.5]), torch.ones(2, dtype=torch.bool)
+    penalty = dgpo.kl_penalty(logprobs, guide, mask, kind="k2")
+    assert penalty.tolist() == [0.0, 0.125]
+    penalty.sum().backward()
+    assert logprobs.grad.tolist() == [0.0, -0.5]
 
 
 def test_terms_weighted_by_hand_give_a_mean_of_means():
@@ -491,6 +573,27 @@ def test_group_advantages_by_hand():
     a = 0.5 / (math.sqrt(0.5) + 1e-6)  # unbiased std of (1, 0)
     expected = [[0, a, a], [0, -a, -a], [0, 0, 0], [0, 0, 0]]
     torch.testing.assert_close(got, torch.tensor(expected), atol=FP32, rtol=0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 16, 61])
+@pytest.mark.parametrize("reward", [0.7, 0.1, 1 / 3, -2.3, 1e-4, 12345.6])
+def test_l7_equal_rewards_give_exactly_zero(size, reward):
+    mask = torch.ones(2 * size, 4, dtype=torch.bool)
+    mask[::3, 3] = False  # the score stands on other places
+    rewards = torch.where(dgpo.last_token(mask), reward, 0.0)
+    assert (dgpo.group_advantages(rewards, mask, size) == 0).all()
+    mask[0] = False  # a failed search does not count
+    assert (dgpo.group_advantages(rewards, mask, size) == 0).all()
+
+
+def test_l7_rewards_that_are_equal_but_for_the_order_of_a_sum_give_zero_and_others_do_not():
+    rewards, mask = torch.tensor([[0.1, 0.2, 0.4], [0.4, 0.2, 0.1]]), torch.ones(2, 3).bool()
+    assert (dgpo.group_advantages(rewards, mask, 2) == 0).all()
+    rewards[0, 0] += 1e-4
+    total = rewards.sum(1).double()
+    expected = (total - total.mean()) / (total.std() + 1e-6)
+    got = dgpo.group_advantages(rewards, mask, 2)[:, 0].double()
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)  # of rewards in fp32
 
 
 def test_group_advantages_count_the_penalties_of_the_mask_alone_and_refuse_broken_groups():

@@ -13,14 +13,18 @@ import torch
 
 import dgpo
 import distil
+import sampling
+import session
 from batch import Packed, collate, pack
 from episode import Episode, load_episodes
 from infra import checkpoint
 from infra.checkpoint import states
 from infra.parallel import uniform
 from infra.run import Stop, cosine, warm_up
+from model import Tokenizer
 from settings import TrainSettings
 from tests.support.mini import NUM_QUESTIONS, read_rows, write_rows
+from tests.support.models import EOS, PAD
 from tests.support.runs import Updates, flat_gradient, policies, run
 
 GRADIENT_TOLERANCE = 1e-5  # fp32 sums in another order
@@ -160,7 +164,149 @@ def test_an_epoch_takes_every_episode_once_and_the_next_one_in_another_order(
     assert answers(passes, tokenizer) not in (first, second)
 
 
+# ---- tokens that end a turn (L1) ----
+
+
+def with_end_tokens(mini, folder, name: str, ids: list[int]):
+    """A copy of the mini world's student or teacher whose turns end at these tokens as well."""
+    shutil.copytree(mini / name, folder / name)
+    path = folder / name / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": ids, "top_k": 20}))
+    return folder / name
+
+
+def test_l1_student_and_teacher_end_turns_at_the_tokens_of_both_and_the_model_lists_them(
+    mini, tmp_path, capsys, monkeypatch
+):
+    teacher = with_end_tokens(mini, tmp_path, "teacher", [PAD])
+    ends, real = [], sampling.generate
+
+    def spy(policy, *arguments, **options):
+        ends.append(policy.tokenizer.end_ids)
+        return real(policy, *arguments, **options)
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    flags = ["--phase", "gkd", "--steps", "1", "--teacher", str(teacher), "--eval-every", "1"]
+    run(mini, tmp_path / "run", *flags)
+    assert ends == [{EOS, PAD}] * 2  # of training and of validation
+    assert f"the student's [{EOS}], the teacher's [{EOS}, {PAD}]" in capsys.readouterr().out
+    trained = Tokenizer.load(tmp_path / "run")
+    assert (trained.end_ids, trained.eos_id) == ({EOS, PAD}, EOS)
+
+
+def test_l1_an_end_token_that_is_no_token_is_refused(mini, tmp_path):
+    teacher = with_end_tokens(mini, tmp_path, "teacher", [999])
+    with pytest.raises(ValueError, match="got eos_token_id 999"):
+        run(mini, tmp_path / "run", "--phase", "dgpo", "--teacher", str(teacher))
+
+
+# ---- nothing to learn from, nothing to validate, too little to ask (L4, L5, L10) ----
+
+NO_TEXT = [
+    [],
+    [{"author": "agent", "text": ""}],
+    [{"author": "environment", "text": "<answer> x </answer>"}],
+]
+
+
+def file_of(folder, rows: list[dict]) -> str:
+    write_rows(folder / "rows.jsonl", rows)
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("phase", "segments"), [*zip(("sft", "kd", "distillm"), NO_TEXT, strict=True)]
+)
+def test_l5_episodes_without_text_of_the_agent_are_refused_by_their_file(
+    mini, tmp_path, phase, segments
+):
+    rows = [row | {"segments": segments} for row in read_rows(mini / "episodes.jsonl")]
+    flags = ["--phase", phase, "--episodes", file_of(tmp_path, rows)]
+    with pytest.raises(ValueError, match="rows.jsonl: got 24 of 24 episodes without agent text"):
+        run(mini, tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_l5_a_file_with_some_such_episodes_is_learnt_from_without_them(
+    mini, tmp_path, capsys, passes
+):
+    rows = read_rows(mini / "episodes.jsonl")
+    rows[3]["segments"], rows[7]["status"] = NO_TEXT[2], "search_error"
+    flags = ["--phase", "sft", "--episodes", file_of(tmp_path, rows), "--eval-every", "0"]
+    run(mini, tmp_path / "run", *flags)
+    said = "rows.jsonl: got 2 of 24 episodes without agent text; they are passed over"
+    assert capsys.readouterr().out.count(said) == 1
+    learnt = answers(passes, policies(mini)[0].tokenizer)
+    assert sorted(learnt, key=int) == [str(i) for i in range(24) if i not in (3, 7)]
+
+
+@pytest.mark.parametrize(("phase", "num_questions"), [("kd", 24), ("dgpo", 8)])
+def test_l4_without_questions_to_validate_there_is_no_score_and_a_warning(
+    mini, tmp_path, capsys, phase, num_questions
+):
+    rows = read_rows(mini / "questions.jsonl")[:num_questions]
+    flags = ["--phase", phase, "--questions", file_of(tmp_path, rows)]
+    flags += ["--epochs", "0.5"] if phase == "kd" else ["--steps", "2"]
+    flags += ["--val-size", "0"] if num_questions == 24 else []  # a tenth of 8 is none
+    rows = run(mini, tmp_path / "run", *flags)
+    assert not [key for row in rows for key in row if key.startswith("eval/")]
+    said = "0 of them set apart to validate"
+    assert capsys.readouterr().out.count(said) == 1
+    run(mini, tmp_path / "quiet", *flags, "--eval-every", "0")
+    assert said not in capsys.readouterr().out
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(session, "load_decoder", load)
+
+
+def test_l4_a_run_that_waits_for_a_score_needs_questions_to_validate(
+    mini, tmp_path, nothing_loads, capsys
+):
+    flags = ["--phase", "kd", "--until-score", "0.5"]
+    for more in (["--val-size", "0"], ["--eval-every", "0"]):
+        with pytest.raises(ValueError, match="until-score 0.5"):
+            run(mini, tmp_path / "run", *flags, *more)
+    with pytest.raises(SystemExit):
+        run(mini, tmp_path / "run", "--phase", "dgpo", "--until-score", "0.5")
+    assert "--until-score: got it for phase dgpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "num"),
+    [
+        (["--phase", "ppo", "--prompts-per-step", "23"], 23),
+        (["--phase", "dgpo", "--prompts-per-step", "512"], 512),
+        (["--phase", "grpo", "--prompts-per-step", "69", "--group-size", "3"], 23),
+        (["--phase", "gkd", "--batch-size", "23"], 23),
+        (["--phase", "distillm", "--batch-size", "64"], 64),
+    ],
+)
+def test_l10_fewer_questions_than_a_step_asks_are_refused_before_a_model_is_loaded(
+    mini, tmp_path, nothing_loads, flags, num
+):
+    message = f"questions.jsonl: got 24 questions, 2 of them set apart .*expected {num} others"
+    with pytest.raises(ValueError, match=message):
+        run(mini, tmp_path / "run", *flags)
+
+
+def test_l10_phases_that_ask_the_teacher_or_nobody_need_no_whole_step_of_questions(mini, tmp_path):
+    run(mini, tmp_path / "run", "--phase", "kd", "--batch-size", "64", "--eval-every", "0")
+
+
 # ---- rates ----
+
+
+def test_l6_a_warm_up_of_distillation_that_does_not_end_is_said(mini, tmp_path, capsys):
+    flags = ["--phase", "kd", "--eval-every", "0", "--kd-warmup-steps"]
+    run(mini, tmp_path / "long", *flags, "4")
+    assert "--kd-warmup-steps 4: got more than the 3 steps" in capsys.readouterr().out
+    run(mini, tmp_path / "fits", *flags, "3")
+    assert "warmup" not in capsys.readouterr().out
 
 
 def test_the_rate_falls_on_a_cosine_after_a_linear_warm_up():
@@ -195,11 +341,12 @@ DISTANCES = {
 def test_each_phase_has_its_own_distance_and_the_cross_entropy_belongs_to_kd(
     mini, tmp_path, passes, phase
 ):
-    run(mini, tmp_path / "run", "--phase", phase, "--steps", "2")
+    steps = ["--steps", "2"] if phase == "gkd" else ["--epochs", "0.5"]
+    run(mini, tmp_path / "run", "--phase", phase, *steps)
     assert {(p.options["kind"], p.options["ce_weight"]) for p in passes} == {DISTANCES[phase]}
 
 
-def test_weights_distance_and_mix_are_settings(mini, tmp_path, passes):
+def test_weights_distance_and_mix_are_settings(mini, tmp_path, passes, capsys):
     flags = ["--distance", "jsd", "--mix", "0.5", "--kl-weight", "0.7"]
     run(mini, tmp_path / "gkd", "--phase", "gkd", "--steps", "1", *flags)
     options = {(p.options["kind"], p.options["mix"], p.options["kl_weight"]) for p in passes}
@@ -207,8 +354,22 @@ def test_weights_distance_and_mix_are_settings(mini, tmp_path, passes):
     passes.clear()
     run(mini, tmp_path / "kd", "--phase", "kd", "--ce-weight", "0.3")
     assert {p.options["ce_weight"] for p in passes} == {0.3}
-    with pytest.raises(ValueError, match="--distance jsd"):
+    with pytest.raises(SystemExit):
         run(mini, tmp_path / "bad", "--phase", "taid", "--distance", "jsd")
+    assert "--distance: got it for phase taid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mix", ["0", "1"])
+def test_l12_jsd_learns_at_both_ends_of_mix(mini, tmp_path, mix):
+    flags = ["--phase", "kd", "--ce-weight", "0", "--distance", "jsd", "--mix", mix]
+    rows = run(mini, tmp_path / "run", *flags, "--epochs", "3", "--eval-every", "0")
+    assert 0.01 < rows[-1]["loss/distance"] < rows[0]["loss/distance"]
+
+
+def test_l2_distillation_compares_untempered_models_whatever_sampled(mini, tmp_path):
+    flags = ["--phase", "gkd", "--steps", "1", "--temperature", "1e-6", "--top-p", "0.5"]
+    [row] = run(mini, tmp_path / "run", *flags, "--eval-every", "0")
+    assert math.isfinite(row["loss/distance"]) and 0 < row["loss/distance"] < 20
 
 
 # ---- TAID ----

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
-from infra import config
+from infra import cli
 from settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,7 +191,7 @@ def test_metrics_in_the_page_are_written_by_the_code():
 def test_the_tree_in_the_readme_names_every_file_and_no_other():
     [tree] = [block for _, block in code_blocks(README) if "dgpo.py " in block]
     named = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    wings = ("infra", "world", "experiments", "examples")
+    wings = ("infra", "formats", "world", "experiments", "examples")
     files = {name_of(path) for folder in ("", *wings) for path in (ROOT / folder).glob("*.py")}
     assert {name for name in named if name.endswith(".py")} == files
     assert all((ROOT / name).exists() for name in named)
@@ -253,7 +253,7 @@ PROGRAMS = [c for c in COMMANDS if c.program not in SCRIPTS_ON_PAGES | {"-m pyte
 @pytest.fixture
 def stop_after_parsing(monkeypatch):
     """Lets a program parse its arguments with its own parser, and do nothing with them."""
-    load, parse_args = config.load, argparse.ArgumentParser.parse_args
+    load, parse_args = cli.load, argparse.ArgumentParser.parse_args
 
     def load_and_stop(*args, **kwargs):
         settings = load(*args, **kwargs)
@@ -266,7 +266,7 @@ def stop_after_parsing(monkeypatch):
         raise Parsed
 
     monkeypatch.chdir(ROOT)  # presets are named as seen from here
-    monkeypatch.setattr(config, "load", load_and_stop)
+    monkeypatch.setattr(cli, "load", load_and_stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
 
 
@@ -285,7 +285,7 @@ def test_commands_are_accepted_by_the_programs_own_parsers(
         return
     except SystemExit as end:
         pytest.fail(f"{command}: {end} {capsys.readouterr().err}")
-    pytest.fail(f"{command}: was not parsed by config.load or argparse")
+    pytest.fail(f"{command}: was not parsed by cli.load or argparse")
 
 
 def test_pages_have_the_commands_that_the_check_above_is_for():

@@ -5,17 +5,27 @@ Run: python -m pytest tests/test_eval.py
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import ask
+import bard
 import eval as evaluation
+import qagent
 from data import TEST_SETS, Passage, Question
 from episode import Episode, Segment
+from infra import cli, config, curves
+from infra.record import say_once
 from model import Tokenizer
 from rollout import RolloutSettings
+from session import Task, open_session
+from settings import TrainSettings
+from tests.support.runs import run
 from tests.support.scripted import scripted_policy
 
 POLICY = SimpleNamespace()
@@ -256,6 +266,41 @@ def test_the_program_evaluates_a_checkpoint(mini, tmp_path, capsys, temperature)
     assert "questions" in capsys.readouterr().out
 
 
+def test_s2_s3_training_and_evaluation_use_the_rule_of_the_preset_and_say_so(mini, tmp_path):
+    preset = tmp_path / "rule.toml"
+    preset.write_text('answer_rule = "unicode"\n')
+    model, out = shutil.copytree(mini / "student", tmp_path / "model"), tmp_path / "out"
+    (model / "run.json").write_text(json.dumps({"settings": {"answer_rule": "numbers"}}))
+    flags = ["--config", str(mini / "mini.toml"), str(preset), "--model", str(model), "--limit"]
+    flags += ["1", "--questions", str(mini / "questions.jsonl"), "--out", str(out)]
+    evaluation.main([*flags, "--device", "cpu"])
+    for file in ("result.json", "run.json"):
+        saved = json.loads((out / file).read_text())["settings"]
+        assert (saved["answer_rule"], saved["hit_rule"]) == ("unicode", "words")
+    settings = TrainSettings(
+        questions=str(mini / "questions.jsonl"), max_turns=0, answer_rule="numbers")
+    session = open_session(settings, torch.device("cpu"), Task())
+    questions = [*session.questions, *session.val_questions]
+    assert {question.answer_rule for question in questions} == {"numbers"}
+    assert questions[0].match("3.5", ["35"]) == 0.0
+
+
+def test_s2_s4_results_by_different_rules_are_not_compared(tmp_path):
+    def result(name: str, **settings) -> Path:
+        path = tmp_path / f"{name}.json"
+        row = {"set": "nq", "id": "1", "em": 1.0, "hit": 1.0, "searches": 1}
+        evaluation.write_result(path, {"name": name, "settings": settings}, [row])
+        return path
+
+    old, new = result("old"), result("new", answer_rule="squad", hit_rule="words")
+    strict = result("strict", answer_rule="numbers", hit_rule="words")
+    assert evaluation.compare([old], [new])["all"] == (0, 0, 0)
+    assert evaluation.compare([old], [strict], "searches")["all"] == (0, 0, 0)
+    for pair, measure in (((new, strict), "em"), ((old, new), "hit"), ((new, strict), "f1")):
+        with pytest.raises(ValueError, match=f"got {measure} by the rules --.* and --.*, expected"):
+            evaluation.compare([pair[0]], [pair[1]], measure)
+
+
 # ---- ARCap ----
 
 
@@ -269,8 +314,8 @@ class Library:
 
     def __init__(self) -> None:
         self.corpus = Corpus([
-            Passage("0", "Alpha", "Alpha was born in Beta.", 1.0),
-            Passage("1", "Beta", "In gold.", 1.0),
+            Passage("0", '"Alpha"', "Alpha was born in Beta.", 1.0),
+            Passage("1", '"Beta"', "In gold.", 1.0),
         ])
         self.queries: list[str] = []
 
@@ -352,7 +397,8 @@ def test_arcap_takes_supporting_paragraphs_and_leaves_out_questions_without_gold
     ]
     values, (_, forced, _), _ = arcap_of("gold </answer>", questions)
     text = tokenizer.decode(forced[0].ids)
-    assert "Gamma" in text and "Delta" not in text
+    # A row's titles have no quotes. Search-R1's corpus, which the agent knows, has them.
+    assert 'Doc 1(Title: "Gamma") Of gold.' in text and "Delta" not in text
     assert values["num_gold"] == 1 and values["n"] == 2 and len(forced) == 1
 
 
@@ -366,6 +412,26 @@ def test_any_search_can_hit_and_the_first_one_is_told_from_later_ones(texts, hit
     episode = Episode(question, [Segment("agent", [1])], "answered", "gold", ["a"], searches)
     row = evaluation.score("nq", episode)
     assert (row["hit"], row["first_hit"], row["searches"]) == (hit, first_hit, len(texts))
+
+
+def test_s2_s3_s4_an_evaluation_scores_by_the_rules_that_it_is_told(tmp_path):
+    """--answer-rule goes with the questions, --hit-rule is the evaluation's own."""
+    path = tmp_path / "nq.jsonl"
+    path.write_text(json.dumps({"question": "q", "golden_answers": ["no", "35", "caf\u00e9"]}))
+    searches = [[Passage("0", "t", "a cafe\u0301 in the north", 1.0)]]
+    scores = {}
+    for rule in ("squad", "unicode", "numbers"):
+        [question] = evaluation.read_sets([path], None, answer_rule=rule)["nq"]
+        for answer in ("3.5", "cafe\u0301"):
+            episode = Episode(question, [], "answered", answer, ["a"], searches)
+            row = evaluation.score("nq", episode)
+            scores[rule, answer] = (row["em"], row["f1"], row["hit"])
+            assert evaluation.score("nq", episode, "substring")["hit"] == 1.0  # "no" in "north"
+    assert scores == {
+        ("squad", "3.5"): (1, 1, 0), ("squad", "cafe\u0301"): (0, 0, 0),
+        ("unicode", "3.5"): (1, 1, 1), ("unicode", "cafe\u0301"): (1, 1, 1),
+        ("numbers", "3.5"): (0, 0, 1), ("numbers", "cafe\u0301"): (1, 1, 1),
+    }  # fmt: skip
 
 
 def test_arcap_program_writes_a_table_that_prints_again(mini, tmp_path, capsys):
@@ -384,10 +450,210 @@ def test_arcap_without_turns_that_search_is_refused(mini):
     with pytest.raises(ValueError, match="arcap: got --max-turns 0"):
         evaluation.main([
             "arcap", "--config", str(mini / "mini.toml"), "--max-turns", "0",
+            "--model", str(mini / "student"),
             "--questions", str(mini / "questions.jsonl"),
         ])
 
 
 def test_the_program_says_which_commands_it_has():
-    with pytest.raises(SystemExit, match="got 'plot', expected arcap, table, compare, or flags"):
-        evaluation.main(["plot", "metrics.jsonl"])
+    with pytest.raises(SystemExit, match="got 'draw', expected arcap, table, compare, plot, or"):
+        evaluation.main(["draw", "metrics.jsonl"])
+
+
+# ---- what a run recorded about its model ----
+
+
+@pytest.fixture
+def own_run(mini, tmp_path, monkeypatch) -> Path:
+    """A run with a prompt and passages of its own, named relative to where it was started."""
+    (tmp_path / "there" / "data").mkdir(parents=True)
+    for name in ("corpus.jsonl", "questions.jsonl", "episodes.jsonl"):
+        shutil.copyfile(mini / name, tmp_path / "there" / "data" / name)
+    (tmp_path / "there" / "own.txt").write_text("Say at once: {question}")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "there")
+        run(mini, Path("runs/own"), "--phase", "sft", "--epochs", "0.67", "--prompt", "own.txt",
+            "--corpus", "data/corpus.jsonl", "--episodes", "data/episodes.jsonl", "--top-k", "2",
+            "--max-turns", "1")  # fmt: skip
+    return tmp_path / "there" / "runs" / "own"
+
+
+def settings_of(program, argv: list[str], monkeypatch, capsys) -> tuple[object, str]:
+    """The settings that a program loads, and what it says about them."""
+    taken, load = [], cli.load
+
+    class Loaded(BaseException):
+        pass
+
+    def load_and_stop(*arguments, **options):
+        taken.append(load(*arguments, **options))
+        raise Loaded
+
+    say_once.cache_clear()
+    with monkeypatch.context() as patch, pytest.raises(Loaded):
+        patch.setattr(cli, "load", load_and_stop)
+        program(argv)
+    return taken[0], capsys.readouterr().err
+
+
+ASKING = {
+    "ask": (ask.main, ["ask", "who"]),
+    "eval": (evaluation.main, []),
+    "arcap": (evaluation.main, ["arcap"]),
+    "qagent search": (qagent.main, ["search", "who"]),
+    "qagent serve": (qagent.main, ["serve"]),
+    "bard ask": (bard.main, ["ask", "who"]),
+}
+
+
+@pytest.mark.parametrize("door", ASKING)
+def test_a_model_is_asked_as_its_run_was_from_any_folder(own_run, door, monkeypatch, capsys):
+    """It used to be asked with the embedded world's prompt and passages, and to answer nonsense."""
+    program, words = ASKING[door]
+    there = own_run.parents[1]
+    settings, said = settings_of(
+        program, [*words, "--model", str(own_run)], monkeypatch, capsys)
+    assert settings.prompt == str(there / "own.txt")
+    assert settings.corpus == str(there / "data" / "corpus.jsonl")
+    assert (settings.top_k, settings.max_turns, settings.max_new_tokens) == (2, 1, 8)
+    assert settings.protocol == "search-r1" and settings.max_context_tokens == 200
+    assert settings.temperature == 0.0  # how training samples does not carry over
+    [line] = [line for line in said.splitlines() if line.startswith("settings of")]
+    assert str(own_run / "run.json") in line
+    assert "prompt " in line and "corpus " in line and "max_turns 1" in line
+
+
+def test_flags_win_over_named_presets_over_the_record_over_the_default_preset(
+    own_run, tmp_path, monkeypatch, capsys
+):
+    def settings_with(*flags: str):
+        return settings_of(evaluation.main, ["--model", str(own_run), *flags], monkeypatch, capsys)
+
+    preset = tmp_path / "preset.toml"
+    preset.write_text('top_k = 7\nmax_turns = 6\nprompt = "short"\n')
+    settings, said = settings_with("--config", str(preset), "--max-turns", "5")
+    assert (settings.max_turns, settings.top_k, settings.prompt) == (5, 7, "short")
+    assert settings.max_obs_tokens == 60  # of the record: the preset does not name it
+    assert "max_turns" not in said and "max_obs_tokens 60" in said
+    # An index is of its corpus: it does not go with another one.
+    record = json.loads((own_run / "run.json").read_text())
+    record["settings"]["index"] = record["settings"]["corpus"]
+    (own_run / "run.json").write_text(json.dumps(record))
+    assert settings_with()[0].index
+    assert settings_with("--corpus", str(preset))[0].index == ""
+
+
+def test_a_path_of_the_record_that_is_gone_is_named_with_the_flag_to_give(own_run, capsys):
+    (own_run.parents[1] / "data" / "corpus.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", str(own_run)])
+    message = capsys.readouterr().err
+    assert "run.json: corpus: got data/corpus.jsonl" in message
+    assert "not there any more; give --corpus" in message
+
+
+def test_a_published_model_is_asked_with_presets_and_flags_which_is_said(
+    mini, monkeypatch, capsys
+):
+    argv = ["--model", str(mini / "student")]
+    settings, said = settings_of(evaluation.main, argv, monkeypatch, capsys)
+    assert settings.corpus == "world/corpus.jsonl" and settings.prompt == "short"
+    assert "student: no run.json, so the settings are those of presets and flags" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"phase": "qagent", "protocol": "qagent"}, "use qagent.py for its models"),
+        ({"max_turns": "four"}, "max_turns: got 'four', expected int"),
+        ({"prompt": 5}, "prompt: got 5, expected str"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_by_name(tmp_path, capsys, settings, message):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_bard_run_is_measured_with_its_prompt_by_eval_and_with_its_budgets_by_bard(
+    tmp_path, monkeypatch, capsys
+):
+    record = {"phase": "bard-rl", "protocol": "search-r1", "prompt": "row", "budgets": [4, 9],
+              "budget_text": "At most {budget}."}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps({"settings": record}))
+    argv = ["--model", str(tmp_path)]
+    settings, _ = settings_of(evaluation.main, argv, monkeypatch, capsys)
+    assert settings.prompt == "row"
+    settings, _ = settings_of(bard.main, ["measure", *argv], monkeypatch, capsys)
+    assert settings.budgets == (4, 9) and settings.budget_text == "At most {budget}."
+
+
+def test_a_run_that_is_not_done_is_measured_under_the_name_of_its_state(
+    mini, own_run, tmp_path, monkeypatch, capsys
+):
+    (own_run / "model.safetensors").unlink()
+    questions = ["--questions", str(mini / "questions.jsonl"), "--limit", "2"]
+    monkeypatch.setattr(config, "ROOT", tmp_path)  # where results are written by default
+    evaluation.main(["--model", str(own_run), *questions, "--device", "cpu"])
+    result = json.loads((tmp_path / "runs/eval/own-step_000002/result.json").read_text())
+    assert result["name"] == "own-step_000002"
+    assert result["settings"]["model"].endswith("own/state/step_000002")
+    said = capsys.readouterr()
+    assert "is unfinished: step 2 of 2" in said.err
+
+
+# ---- curves ----
+
+
+def write_log(folder: Path, rows: list[dict], half: str = "") -> Path:
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, **row}) for step, row in enumerate(rows, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, half]))
+    return folder
+
+
+def test_plot_draws_what_runs_have_logged_while_one_is_writing(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [{"loss/entropy": 0.5, "rollout/score": 0.1, "rollout/searches": None}] * 3
+    done = write_log(tmp_path / "dgpo", rows)
+    going_on = write_log(tmp_path / "kd", [{"loss/kd": 2.0, "eval/score": 0.1}], '{"step": 2, "lo')
+    out = tmp_path / "all.svg"
+    evaluation.main(["plot", str(done), str(going_on / "metrics.jsonl"), "--out", str(out)])
+    text = out.read_text()
+    for name in ("loss/entropy", "rollout/score", "loss/kd", "eval/score"):
+        assert f"<!-- {name} -->" in text  # a panel's title
+    assert text.count("<!-- dgpo -->") == 2 and text.count("<!-- kd -->") == 2
+    assert f"wrote {out}" in capsys.readouterr().out
+    evaluation.main(["plot", str(done), "--metrics", "loss/entropy", "--out", str(out)])
+    assert "<!-- rollout/score -->" not in out.read_text()
+
+
+def test_plot_draws_a_panel_of_the_numbers_of_its_metric(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(curves, "save", lambda figure, out: figures.append(figure))
+    rows = [{"loss/kd": 2.0, "loss/entropy": 1.0}, {"loss/kd": None}, {"loss/kd": 1.5}]
+    curves.plot_metrics([write_log(tmp_path / "kd", rows)], ["loss/kd"], tmp_path / "x.png")
+    [panel] = figures[0].axes
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[1, 2.0], [3, 1.5]]]
+    curves.load_pyplot().close(figures[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kd", "--metrics", "loss/kl"], "--metrics loss/kl: .*did you mean loss/kd"),
+        (["absent"], "absent: got no metrics.jsonl, expected the folder of a run"),
+        (["empty"], "got no numbers in .*empty"),
+        (["broken"], "metrics.jsonl:1: got no valid JSON"),
+    ],
+)
+def test_plot_refuses_by_name_what_it_cannot_draw(tmp_path, monkeypatch, arguments, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "kd", [{"loss/kd": 2.0}])
+    write_log(tmp_path / "empty", [])
+    write_log(tmp_path / "broken", []).joinpath("metrics.jsonl").write_text("{x\n{}\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluation.main(["plot", *arguments])

@@ -29,7 +29,7 @@ from episode import (
     prompt_segment,
     save_episodes,
 )
-from infra import config
+from infra import cli
 from model import Tokenizer, load_decoder, load_encoder
 from retriever import Corpus
 from rollout import Policy, RolloutSettings
@@ -129,7 +129,7 @@ def test_episodes_survive_their_file(network, tmp_path_factory, pairs):
     episodes = [
         Episode(
             Question("q", q, ("gold",), "test"),
-            [Segment("prompt", tokenizer.encode(q)), Segment("agent", tokenizer.encode(a))],
+            [Segment("prompt", tokenizer.encode(q)), Segment("agent", tokenizer.encode(a + "."))],
             "invalid",
         )
         for q, a in pairs
@@ -180,7 +180,7 @@ def a_copy(mini: Path, folder: Path) -> dict[str, tuple[Path, object]]:
 
     def read_settings():
         argv = ["--config", str(folder / "mini.toml")]
-        return config.load(TrainSettings, argv, prog="train.py", description="")
+        return cli.load(TrainSettings, argv, prog="train.py", description="")
 
     def chat():
         return Tokenizer.load(folder / "student").chat([{"role": "user", "content": "hello"}])
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_read_or_refused_by_name(handed_in, capfd, name, data)
     except (ValueError, FileNotFoundError) as error:
         assert path.name in str(error) or path.parent.name in str(error), error
         assert not isinstance(error, UnicodeDecodeError), "a decoding error does not name the file"
-    except SystemExit as error:  # config.load: one line, status 2
+    except SystemExit as error:  # cli.load: one line, status 2
         assert error.code == 2 and path.name in capfd.readouterr().err
     finally:
         path.write_bytes(original)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("infra", "world", "experiments", "examples")
+WINGS = ("infra", "formats", "world", "experiments", "examples")
 METHOD = (
     "dgpo", "baselines", "episode", "batch", "rollout", "sampling", "settings", "session", "distil",
     "reinforce", "train",
@@ -32,6 +32,7 @@ MAX_REPOSITORY_BYTES = 12e6
 # A module imports from its own floor or from lower ones; infra and the leaves are stricter still.
 FLOORS = (
     ("dgpo", "kernels", "infra.*"),
+    ("formats.*",),
     ("weights", "tokenizer", "data", "encoder", "model", "retriever"),
     ("episode", "batch"),
     ("rollout",),
@@ -303,7 +304,7 @@ def settings_of_tables() -> dict[str, type]:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
 def test_presets_hold_settings_that_exist_and_values_of_their_types(path):
     """A key that no program knows would fail on the machine where the real run starts."""
-    from infra import config
+    from infra import cli
 
     owners = settings_of_tables()
     document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -318,4 +319,4 @@ def test_presets_hold_settings_that_exist_and_values_of_their_types(path):
         [phase] = [field for field in dataclasses.fields(settings) if field.name == "phase"]
         for name in phase.metadata["choices"]:
             argv = ["--config", str(path), "--phase", name]
-            config.load(settings, argv, prog=f"{program}.py", description="")
+            cli.load(settings, argv, prog=f"{program}.py", description="")

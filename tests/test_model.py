@@ -10,24 +10,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import (
     AddedToken,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
     processors,
-    trainers,
 )
 from tokenizers import Tokenizer as RawTokenizer
 
 from model import (
     Critic,
-    Decoder,
     KVCache,
     Tokenizer,
     load_decoder,
     load_encoder,
     save_decoder,
     shift,
+)
+from tests.support.checkpoints import (
+    CHATML,
+    CONTROL,
+    HELLO,
+    LLAMA,
+    LLAMA3,
+    QWEN,
+    checkpoint,
+    edit_config,
+    edit_weights,
+    ids_of,
+    wide,
+    write_tokenizer,
 )
 from weights import save_tensors
 from world.pretrain import new_decoder, new_encoder, save_encoder
@@ -41,39 +52,6 @@ PROBE_NLL, PROBE_NLL_TOLERANCE = 2.364, 0.001
 ASSETS = Path(os.environ.get("DGPO_TEST_ASSETS", Path(__file__).parents[1] / "build" / "assets"))
 NO_ASSETS = f"needs {{}} in {ASSETS} (or in DGPO_TEST_ASSETS)"
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-QWEN = SIZES | {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "tie_word_embeddings": True,
-    "rope_theta": 1e4,
-    "hidden_act": "silu",
-}
-LLAMA = SIZES | {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "tie_word_embeddings": False,
-    "rope_theta": 5e5,
-    "rope_scaling": LLAMA3,
-    "head_dim": 16,
-    "hidden_act": "silu",
-}
 QWEN3 = QWEN | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 BERT = {
     "model_type": "bert",
@@ -86,61 +64,7 @@ BERT = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{{ m['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-HELLO = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Who wrote Hamlet?"},
-]
-
-
-def wide(public: dict, seed: int = 0) -> Decoder:
-    """A decoder whose weights are large enough for every part to matter, biases included."""
-    decoder = new_decoder(public, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return decoder.eval()
-
-
-def ids_of(*shape: int, vocabulary: int = 97) -> torch.Tensor:
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(1))
-
-
-def write_tokenizer(folder: Path, **settings: object) -> None:
-    """A byte-level BPE of a few words, with ChatML control tokens and two kinds of added tags."""
-    raw = RawTokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(
-        ["Who wrote Hamlet? user assistant system brief search"] * 4,
-        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False),
-    )
-    raw.add_special_tokens([AddedToken(name, special=True) for name in CONTROL])
-    raw.add_tokens([AddedToken("<tool_call>", special=False)])
-    raw.post_processor = processors.TemplateProcessing(
-        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", raw.token_to_id("<|endoftext|>"))]
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    default = {
-        "eos_token": {"content": "<|im_end|>"},
-        "pad_token": "<|endoftext|>",
-        "chat_template": CHATML,
-    }
-    settings = default | settings
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({key: value for key, value in settings.items() if value})
-    )
 
 
 @pytest.fixture
@@ -182,12 +106,6 @@ def write_wordpiece(path: Path) -> Path:
     raw.enable_padding(length=128)  # published files carry such settings; they must not count
     raw.save(str(path))
     return path
-
-
-def checkpoint(folder: Path, tokenizer: Tokenizer, public: dict = QWEN) -> Decoder:
-    decoder = wide(public)
-    save_decoder(decoder, tokenizer, folder)
-    return decoder
 
 
 # ---- decoder ----
@@ -399,17 +317,6 @@ def test_a_critic_owns_its_backbone_and_has_no_head_over_the_vocabulary() -> Non
 # ---- bad checkpoints ----
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_weights(folder: Path, edit: object) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 EMBED, HEAD, Q = (
     "model.embed_tokens.weight",
     "lm_head.weight",
@@ -424,8 +331,7 @@ EMBED, HEAD, Q = (
             {"model_type": "mistral"},
             "config.json: unsupported model_type: got 'mistral', expected one of .*qwen2",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "unsupported rope type: got 'yarn'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "config.json: got KeyError: 'factor'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "config.json: got factor None, expected a"),
         ({"use_sliding_window": True}, "unsupported use_sliding_window: got True"),
         ({"hidden_act": "gelu"}, "unsupported hidden_act: got 'gelu', expected one of .*silu"),
         ({"quantization_config": {"bits": 4}}, "unsupported quantization_config"),
@@ -468,7 +374,7 @@ def test_a_config_that_does_not_fit_is_an_error(
         ),
         (
             lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)}),
-            rf"tensor {Q}: got type I8",
+            rf"tensor {Q}: unsupported type: got 'I8'",
         ),
         (
             lambda t: t.update({HEAD: torch.zeros(97, 32)}),
@@ -757,9 +663,8 @@ def test_long_texts_are_cut_and_the_end_token_is_kept(tmp_path: Path) -> None:
     path = write_wordpiece(tmp_path / "words.json")
     ids, valid_mask = new_encoder(BERT, path, 0).encode(["a " * 300, "a"])
     assert ids.shape == (2, 40) and ids[0, -1] == 3 and valid_mask.sum(1).tolist() == [40, 3]
-    assert new_encoder(BERT | {"max_position_embeddings": 512}, path, 0).encode(["a " * 300])[
-        0
-    ].shape == (1, 256)
+    longer = new_encoder(BERT | {"max_position_embeddings": 512}, path, 0)
+    assert longer.encode(["a " * 600])[0].shape == (1, 512)
 
 
 def test_embeddings_do_not_depend_on_the_batch_and_an_encoder_can_be_trained(
@@ -779,8 +684,8 @@ def test_embeddings_do_not_depend_on_the_batch_and_an_encoder_can_be_trained(
     ("changes", "message"),
     [
         (
-            {"model_type": "roberta"},
-            "unsupported model_type: got 'roberta', expected one of .*bert",
+            {"model_type": "mpnet"},
+            "unsupported model_type: got 'mpnet', expected one of .*bert",
         ),
         ({"position_embedding_type": "relative_key"}, "unsupported position_embedding_type"),
         ({"hidden_act": "relu"}, "unsupported hidden_act"),
@@ -791,16 +696,6 @@ def test_other_encoders_are_errors(changes: dict, message: str, tmp_path: Path) 
     save_encoder(new_encoder(BERT, write_wordpiece(tmp_path / "words.json"), 0), tmp_path / "saved")
     edit_config(tmp_path / "saved", **changes)
     with pytest.raises(ValueError, match=message):
-        load_encoder(tmp_path / "saved")
-
-
-def test_pooling_by_the_first_token_is_an_error(tmp_path: Path) -> None:
-    save_encoder(new_encoder(BERT, write_wordpiece(tmp_path / "words.json"), 0), tmp_path / "saved")
-    (tmp_path / "saved/1_Pooling").mkdir()
-    (tmp_path / "saved/1_Pooling/config.json").write_text(
-        json.dumps({"pooling_mode_mean_tokens": False})
-    )
-    with pytest.raises(ValueError, match="pooling_mode_mean_tokens: got False"):
         load_encoder(tmp_path / "saved")
 
 

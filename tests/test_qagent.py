@@ -21,7 +21,7 @@ import qagent
 import sampling
 from data import Passage, Question, exact_match
 from episode import SEARCH_R1, Episode, Segment, parse_action
-from infra import config
+from infra import cli
 from model import load_decoder
 from qagent import (
     QAGENT,
@@ -247,6 +247,23 @@ def test_the_published_match_takes_an_answer_within_a_word():
     assert within("Bob", ["Ann"]) == within(None, ["Ann"]) == within("x", ["The"]) == 0.0
 
 
+def test_s1_the_published_match_takes_an_article_for_itself_alone():
+    assert within("A", ["A"]) == within("?", ["?"]) == 1.0
+    assert within("a banana", ["A"]) == within("what?", ["?"]) == within("the", ["A"]) == 0.0
+
+
+@pytest.mark.parametrize(("hit_rule", "expected"), [("words", 0.0), ("substring", 0.5)])
+def test_s4_a_hit_inside_a_word_pays_by_the_published_rule_alone(words, hit_rule, expected):
+    episode = played(words, SEARCH, ANSWER, passages=("Annapolis",))
+    for hit_in in ("passages", "trajectory"):
+        settings = QAgentSettings(stage=2, hit_in=hit_in, hit_rule=hit_rule)
+        paid = qagent.rewards([episode], words, says("Eve"), settings)
+        assert paid == [0.5 if hit_in == "trajectory" else expected]  # the agent says "Ann"
+    assert qagent.report_passages([episode], words, hit_rule)["hit"] == bool(expected)
+    found = played(words, SEARCH, ANSWER, passages=("Ann's house",))
+    assert has_hit(found, words, "passages", hit_rule)
+
+
 def test_passages_are_collected_once_each_in_the_order_in_which_they_were_found(words):
     episode = played(words, SEARCH, ANSWER)
     one, two, three = (Passage(name, name, name, 1.0) for name in "abc")
@@ -301,9 +318,9 @@ def test_the_phase_has_groups_and_the_initial_policy_as_guide_unless_settings_sa
 def test_the_preset_serves_training_and_search():
     presets = [str(ROOT / "configs" / "paper.toml"), str(ROOT / "configs" / "qagent.toml")]
     argv = ["--config", *presets]
-    trained = config.load(QAgentSettings, argv, prog="qagent.py", description="")
+    trained = cli.load(QAgentSettings, argv, prog="qagent.py", description="")
     assert (trained.phase, trained.group_size, trained.kl_in) == ("qagent", 5, "loss")
-    searching = config.load(
+    searching = cli.load(
         SearchSettings, argv, prog="qagent.py search", description="", shared=qagent.SHARED
     )
     assert searching.temperature == 0 and trained.temperature == 1
@@ -638,10 +655,10 @@ def test_answer_prints_the_trace_the_passages_and_what_a_generator_makes_of_them
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["look"], "got 'look', expected search, answer, serve or measure"),
-    (["search"], "expected a question"), (["serve", "who"], "got 'who', expected no question"),
+    (["search"], "got question '', expected one"), (["serve", "who"], "got question 'who', exp"),
 ])
 def test_the_program_says_what_it_expects(argv, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((SystemExit, ValueError), match=message):
         qagent.main(argv)
 
 

@@ -4,21 +4,32 @@ Run: python -m pytest tests/test_reinforce.py
 """
 
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import bard
 import dgpo
+import qagent
 import reinforce
 import sampling
 from batch import Batch, collate
 from episode import Episode, Segment, load_episodes
+from infra import guards
+from infra.collapse import signs_of_collapse
+from infra.parallel import row_weights
 from infra.run import Stop
 from model import Critic, load_decoder
 from reinforce import Models, Tokens, learning_rates, score_tokens
-from settings import TrainSettings
+from settings import REINFORCE, TrainSettings, with_defaults
 from tests.support.runs import Spy, Updates, policies, run
 
+ROOT = Path(__file__).resolve().parent.parent
 GRADIENT_TOLERANCE = 1e-5  # fp32 sums in another order
 FIRST_LOG_RATIO = 1e-5  # fp32, two layers
 WHITENED = 1e-4  # mean and deviation of whitened numbers, fp32
@@ -74,6 +85,87 @@ def test_a_policy_that_is_not_the_one_that_acted_stops_the_run(mini, tmp_path, m
         run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "1")
 
 
+def test_the_first_log_ratio_is_the_largest_of_all_processes(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "max_over_processes", lambda gap: max(gap, 0.5))
+    with pytest.raises(Stop, match="log ratio 0.5 before the first update of step 1, expected"):
+        run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "1", *MINI)
+    monkeypatch.setattr(guards, "max_over_processes", lambda gap: 2 * gap)
+    assert guards.check_first_ratio(2e-5, step=1) == 4e-5  # a rounding, which is logged
+
+
+TWO_PROCESSES = """
+import torch.distributed as dist
+from infra.parallel import end_processes, max_over_processes, start_processes
+rank, _, _ = start_processes("cpu", 1.0)
+assert max_over_processes([0.25, 3.5][rank]) == 3.5 == max_over_processes([3.5, 0.0][rank])
+end_processes()
+"""
+
+
+def test_the_largest_number_of_two_processes_is_known_to_both():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES], env=env | {"RANK": rank}, cwd=ROOT)
+        for rank in "01"
+    ]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+
+
+# ---- the temperature that sampled (L2) ----
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_l2_tokens_are_scored_at_the_temperature_that_sampled_them(mini, temperature):
+    student, teacher = policies(mini)
+    episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:5]
+    batch = collate(episodes, pad_id=student.tokenizer.pad_id)
+    settings = TrainSettings(temperature=temperature)
+    tokens = score_tokens(Models(student, None, teacher), batch, [True] * 5, settings)
+    mask, size = batch.response_mask, student.tokenizer.size
+    for policy, got in ((student, tokens.old_logprobs), (teacher, tokens.guide_logprobs)):
+        logits = policy.decoder(batch.ids)[:, :-1, :size] / temperature
+        plain = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
+        difference = got[:, 1:][mask[:, 1:]] - plain[mask[:, 1:]]
+        assert difference.abs().max() < FIRST_LOG_RATIO
+
+
+@pytest.mark.parametrize("temperature", ["0.5", "2"])
+def test_l2_sampler_and_trainer_agree_at_any_temperature(mini, tmp_path, temperature, monkeypatch):
+    spy = Spy(monkeypatch, dgpo, "policy_loss")
+    flags = ["--phase", "dgpo", "--steps", "1", "--temperature", temperature, *MINI]
+    [row] = run(mini, tmp_path / "run", *flags)
+    assert row["rollout/sampler_gap"] <= FIRST_LOG_RATIO
+    assert row["loss/first_log_ratio"] <= FIRST_LOG_RATIO
+    (logprobs, old, *_), options, _ = spy.calls[0]
+    torch.testing.assert_close(logprobs, old, atol=FIRST_LOG_RATIO, rtol=0)
+    entropy = options["entropy"].mean()  # of 259 tokens: a hot policy is close to uniform
+    assert (entropy > 0.95 * math.log(259)) == (temperature == "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"top_p": 0.9}, "--top-p 0.9"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+    ],
+)
+def test_l2_a_sampler_that_reinforcement_cannot_account_for_is_refused_by_every_door(changes, flag):
+    for phase in REINFORCE:
+        with pytest.raises(ValueError, match=flag):
+            with_defaults(TrainSettings(phase=phase, **changes))
+    with pytest.raises(ValueError, match=flag):
+        bard.with_defaults(bard.BardSettings(phase="bard-rl", budgets=(16,), **changes))
+    with pytest.raises(ValueError, match=flag):
+        qagent.with_defaults(qagent.QAgentSettings(**changes))
+    for phase in ("episodes", "gkd"):  # what only samples may do as it likes
+        assert with_defaults(TrainSettings(phase=phase, **changes)).phase == phase
+    data = bard.BardSettings(phase="bard-data", budgets=(16,), student="x", **changes)
+    assert bard.with_defaults(data).advantage == ""
+
+
 # ---- guides ----
 
 
@@ -111,11 +203,14 @@ def test_a_kl_in_the_loss_is_not_in_the_reward_as_well(mini, tmp_path, monkeypat
     assert rewards.options("where") == {"wrong"} and rewards.options("beta") == {0.3}
     assert all(options["penalty"] is None for _, options, _ in penalty.calls)
     rewards.calls.clear(), penalty.calls.clear()
-    run(mini, tmp_path / "loss", *flags, "--kl-in", "loss")
-    assert rewards.options("where") == {"none"}
-    [(_, _, paid)] = rewards.calls
-    assert not paid.any()  # every episode is wrong, so all that could be paid is the KL
-    assert all(options["penalty"].abs().max() > 0 for _, options, _ in penalty.calls)
+    kinds = Spy(monkeypatch, dgpo, "kl_penalty")
+    for kl_in, kind in (("loss", "k3"), ("loss_k2", "k2")):  # L8: both are in the loss alone
+        run(mini, tmp_path / kl_in, *flags, "--kl-in", kl_in)
+        assert rewards.options("where") == {"none"} and kinds.options("kind") == {kind}
+        [(_, _, paid)] = rewards.calls
+        assert not paid.any()  # every episode is wrong, so all that could be paid is the KL
+        assert all(options["penalty"].abs().max() > 0 for _, options, _ in penalty.calls)
+        rewards.calls.clear(), penalty.calls.clear(), kinds.calls.clear()
 
 
 # ---- advantages ----
@@ -156,6 +251,22 @@ def test_grpo_plays_groups_of_a_question_and_has_no_critic(mini, tmp_path, monke
     run(mini, tmp_path / "dgpo", "--phase", "dgpo", "--advantage", "group", "--steps", "2")
 
 
+def test_l10_an_epoch_asks_no_question_twice_and_its_tail_waits_for_another_order(
+    mini, tmp_path, monkeypatch
+):
+    asked, real = [], sampling.generate
+
+    def spy(policy, retriever, questions, *arguments, **options):
+        asked.append([q.id for q in questions])
+        return real(policy, retriever, questions, *arguments, **options)
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    run(mini, tmp_path / "run", "--phase", "ppo", "--steps", "4", *MINI)
+    assert [len(ids) for ids in asked] == [8] * 4  # of 22 questions: two whole steps an epoch
+    epochs = [{*asked[0], *asked[1]}, {*asked[2], *asked[3]}]
+    assert [len(epoch) for epoch in epochs] == [16, 16] and epochs[0] != epochs[1]
+
+
 def test_groups_that_cannot_be_are_refused_before_anything_is_played(mini, tmp_path):
     for size in ("1", "9"):
         with pytest.raises(ValueError, match=f"--group-size {size}"):
@@ -187,11 +298,37 @@ def test_each_network_has_its_own_rate_and_warm_up():
 
 
 def test_the_actors_warm_up_begins_after_the_steps_of_the_critic_alone():
-    settings = TrainSettings(actor_lr=2.0, actor_warmup_steps=4, critic_only_steps=3)
+    settings = TrainSettings(
+        actor_lr=2.0, actor_warmup_steps=4, critic_warmup_steps=0, critic_only_steps=3
+    )
     rates = [learning_rates(settings, step, True) for step in range(6)]
     assert ["actor" in r for r in rates] == [False] * 3 + [True] * 3
     assert [r["actor"] for r in rates[3:]] == pytest.approx([0.5, 1.0, 1.5])
     assert learning_rates(settings, 0, False)["actor"] == 0.5  # nothing to wait for
+
+
+def test_l6_the_default_warm_up_is_the_published_share_of_the_steps():
+    def warm_ups(**changes):
+        settings = with_defaults(TrainSettings(phase="dgpo", **changes))
+        return settings.actor_warmup_steps, settings.critic_warmup_steps
+
+    assert warm_ups() == (285, 15)  # of 1000
+    assert warm_ups(steps=40) == (11, 1) and warm_ups(steps=1) == (0, 0)
+    assert warm_ups(steps=40, actor_warmup_steps=285, critic_warmup_steps=0) == (285, 0)
+    assert qagent.with_defaults(qagent.QAgentSettings(steps=200)).actor_warmup_steps == 57
+
+
+def test_l6_a_warm_up_that_does_not_end_is_said_and_both_rates_are_logged(mini, tmp_path, capsys):
+    flags = ["--phase", "dgpo", "--actor-warmup-steps", "3", "--critic-warmup-steps", "4", *MINI]
+    flags += ["--critic-only-steps", "1"]
+    rows = run(mini, tmp_path / "run", *flags, "--steps", "3")
+    said = capsys.readouterr().out
+    assert "--actor-warmup-steps 3: got more than the 2 steps" in said
+    assert "--critic-warmup-steps 4: got more than the 3 steps" in said
+    assert [row["loss/actor_lr"] for row in rows] == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3])
+    assert [row["loss/critic_lr"] for row in rows] == pytest.approx([1e-3 / 4, 2e-3 / 4, 3e-3 / 4])
+    run(mini, tmp_path / "fits", *flags, "--steps", "4")
+    assert "warmup" not in capsys.readouterr().out
 
 
 def test_rates_decay_and_clip_reach_the_two_optimizers(mini, tmp_path, monkeypatch):
@@ -248,9 +385,9 @@ def test_the_mean_over_episodes_weighs_a_long_one_like_a_short_one():
     mask = torch.tensor([[True, True, True, True], [False, True, False, False], [False] * 4])
     # Means 3 and 10; the third row has nothing to say.
     values = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0])
-    weights = reinforce.episode_weights(mask, 5.0, 2.0)
+    weights = row_weights(mask, 5.0, 2.0)
     assert (weights * values).sum() / 5 == pytest.approx(6.5)
-    halves = [reinforce.episode_weights(mask[rows], 5.0, 2.0) for rows in ([0], [1, 2])]
+    halves = [row_weights(mask[rows], 5.0, 2.0) for rows in ([0], [1, 2])]
     assert torch.equal(torch.cat(halves), weights)
 
 
@@ -271,11 +408,39 @@ def test_explained_variance_is_the_share_of_the_returns_that_values_foresee():
     assert reinforce.token_metrics([episode], perfect, mask, True)[
         "rollout/explained_variance"
     ] == pytest.approx(1.0)
-    constant = tokens._replace(returns=torch.ones_like(returns))
-    assert (
-        reinforce.token_metrics([episode], constant, mask, True)["rollout/explained_variance"]
-        == 0.0
-    )
+
+
+@pytest.mark.parametrize(("returned", "scale"), [(1.0, 1.0), (0.0, 1.0), (0.7, 30.0), (-3.0, 0.01)])
+def test_l3_the_explained_variance_of_returns_that_differ_by_rounding_is_null(returned, scale):
+    """Equal scores and no penalty: what varies is the rounding of advantage + value."""
+    generator = torch.Generator().manual_seed(0)
+    values = scale * torch.randn(4, 500, generator=generator)
+    mask = torch.ones_like(values, dtype=torch.bool)
+    rewards = torch.where(dgpo.last_token(mask), returned, 0.0)
+    _, returns = dgpo.gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+    zero = torch.zeros_like(values)
+    episode = Episode(None, [Segment("agent", [1] * 2000, [0.0] * 2000)], "answered")
+
+    def explained(returns):
+        tokens = Tokens(zero, zero, values, advantages=zero, returns=returns)
+        return reinforce.token_metrics([episode], tokens, mask, True)["rollout/explained_variance"]
+
+    assert math.isnan(explained(returns))
+    size = max(abs(returned), scale)
+    real = returns + 0.001 * size * torch.randn(values.shape, generator=generator)
+    assert explained(real) < 1  # small differences that are real are there to be explained
+
+
+def test_l3_null_is_no_broken_critic_to_the_guard_and_stands_in_the_log(
+    mini, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Episode, "score", property(lambda self: 1.0))
+    rows = run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2", *MINI)
+    assert [row["rollout/explained_variance"] for row in rows] == [None, None]
+    fallen = [{"rollout/score": 0.8, "rollout/max_tokens": 0.0, "rollout/invalid": 0.0}] * 10
+    fallen += [{**fallen[0], "rollout/score": 0.0, "rollout/explained_variance": None}] * 10
+    signs = signs_of_collapse(fallen, 100)
+    assert "the score fell" in signs and "critic" not in signs
 
 
 def test_the_kl_to_the_guide_is_a_mean_over_the_tokens_of_guided_episodes():
@@ -362,6 +527,6 @@ def test_a_reward_that_is_not_there_is_refused_before_anything_is_loaded(
         f"{spec}:NUMBER",
         "rewards:by_length",
     ):
-        with pytest.raises(ValueError, match="--reward"):
+        with pytest.raises((ValueError, OSError), match="--reward"):
             run(mini, tmp_path / "run", "--phase", "grpo", "--reward", wrong)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -22,7 +22,7 @@ from experiments import qagent as reproduce_qagent
 from experiments.jobs import ROOT, Job, run_jobs
 from experiments.reproduce import ORDERINGS, ROWS, TABLES, Pair, row_jobs
 from experiments.rows import SEEDS, read_json, read_records, verdict, write_json
-from infra import config
+from infra import cli, curves
 
 CONFIGS = ROOT / "configs"
 
@@ -129,13 +129,13 @@ def read_command(command: list[str]) -> Any:
         command = command[command.index("train.py") :]
     program, *flags = command
     if program == "train.py":
-        phase = config.find_phase(flags, CONFIGS / "world.toml")
+        phase = cli.find_phase(flags, CONFIGS / "world.toml")
         if phase in core.PHASES:
-            settings = config.load(core.TrainSettings, flags, prog=program, description="")
+            settings = cli.load(core.TrainSettings, flags, prog=program, description="")
             return core.with_defaults(settings)
-        system = {"bard": bard, "qagent": qagent}[config.program_of(phase)]
+        system = {"bard": bard, "qagent": qagent}[cli.program_of(phase)]
         owner = bard.BardSettings if system is bard else qagent.QAgentSettings
-        settings = config.load(owner, flags, prog=f"{system.__name__}.py", description="")
+        settings = cli.load(owner, flags, prog=f"{system.__name__}.py", description="")
         return system.with_defaults(settings)
     if program == "eval.py":
         flags = flags[flags[0] == "arcap" :]
@@ -146,7 +146,7 @@ def read_command(command: list[str]) -> Any:
             "bard.py": (bard.MeasureSettings, bard.SHARED),
             "qagent.py": (qagent.SearchSettings, qagent.SHARED),
         }[program]
-    return config.load(owner, flags, prog=f"{program} measure", description="", shared=shared)
+    return cli.load(owner, flags, prog=f"{program} measure", description="", shared=shared)
 
 
 def read_commands(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -178,7 +178,8 @@ def test_every_row_is_a_command_of_train_py_at_its_chosen_rate(tuned):
         begins = f"{row.begins}-1" if row.begins in ROWS else row.begins or "student"
         assert Path(settings.student).name == begins
         assert settings.run_dir.endswith(f"{name}-1") and settings.seed == 1
-        assert settings.episodes.endswith("episodes-1.jsonl")
+        if settings.phase in core.DISTIL:
+            assert settings.episodes.endswith("episodes-1.jsonl")
         chosen = "kd_lr" if settings.phase in core.DISTIL else "actor_lr"
         for rate in ("kd_lr", "actor_lr"):
             times = 2.0 if rate == chosen else 1.0
@@ -342,7 +343,7 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     reproduce.write_record("dgpo", 0, tmp_path / "model", out, tmp_path / "record.json")
     record = read_json(tmp_path / "record.json")
     assert (record["row"], record["seed"], record["correct"]) == ("dgpo", 0, {"nq": "10"})
-    assert record["curve"][1] == {"step": 2, "rollout/score": 0.1235}
+    assert record["curve"] == {"step": [1, 2], "rollout/score": [0.25, 0.1235]}
     assert record["train_s"] == 4.0 and record["step_s"] == {"rollout_s": 1.5}
     assert record["collapsed"]  # two of three steps
     assert "arcap" not in record and "cores" in record["machine"]
@@ -364,7 +365,7 @@ def record(folder: Path, row: str, seed: int, shares: dict[str, float]) -> dict:
         "arcap": {"nq": {"hit": 0.5}},
         "collapsed": False,
         "train_s": 10.0,
-        "curve": [{"step": n, "rollout/score": 0.1 * n} for n in range(1, 8)],
+        "curve": {"step": [*range(1, 8)], "rollout/score": [0.1 * n for n in range(1, 8)]},
     }
     write_json(folder / f"{row}-{seed}.json", run)
     return run
@@ -457,12 +458,12 @@ def test_curves_are_drawn_of_what_is_recorded(tmp_path):
 
 
 def test_a_png_has_a_palette_and_is_smaller_than_what_matplotlib_writes(tmp_path):
-    pyplot, image = plots.load_pyplot(), pytest.importorskip("PIL.Image")
+    pyplot, image = curves.load_pyplot(), pytest.importorskip("PIL.Image")
     figure, axis = pyplot.subplots()
     axis.plot([1, 3, 2], label="a")
     axis.legend()
-    figure.savefig(tmp_path / "plain.png", dpi=plots.DPI, bbox_inches="tight")
-    plots.save(figure, tmp_path / "folder" / "small.png")
+    figure.savefig(tmp_path / "plain.png", dpi=curves.DPI, bbox_inches="tight")
+    curves.save(figure, tmp_path / "folder" / "small.png")
     small, plain = (image.open(tmp_path / p) for p in ("folder/small.png", "plain.png"))
     assert (small.mode, small.size) == ("P", plain.size)
     sizes = [(tmp_path / p).stat().st_size for p in ("folder/small.png", "plain.png")]
@@ -471,15 +472,28 @@ def test_a_png_has_a_palette_and_is_smaller_than_what_matplotlib_writes(tmp_path
 
 def test_a_picture_has_the_format_of_its_suffix(tmp_path):
     pytest.importorskip("matplotlib")
-    figure, _ = plots.load_pyplot().subplots()
-    plots.save(figure, tmp_path / "a.svg")
+    figure, _ = curves.load_pyplot().subplots()
+    curves.save(figure, tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_growth_is_drawn_for_each_axis_by_its_own_sizes(monkeypatch):
+    pytest.importorskip("matplotlib")
+    pyplot, figures = curves.load_pyplot(), []
+    monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
+    rows = [{"axis": axis, "x": x, "seconds": 3 * x, "peak_bytes": 8}
+            for axis, x in (("a", 1), ("a", 2), ("b", 9))]
+    plots.plot_growth(rows, "x.png")
+    a, b = figures[0].axes[:2]
+    assert a.lines[0].get_xydata().tolist() == [[1, 3], [2, 6]]
+    assert b.lines[0].get_xydata().tolist() == [[9, 27]]
+    pyplot.close(figures[0])
 
 
 def test_pictures_are_drawn_from_the_command_line(tmp_path):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "kd", {}, [{"step": 1, "eval/score": 0.1}, {"step": 2}])
-    plots.main(["curves", str(tmp_path / "kd/metrics.jsonl"), "--out", str(tmp_path / "c.png")])
+    curves.plot_curves([tmp_path / "kd"], tmp_path / "c.png")
     plots.main(["rewards", "--out", str(tmp_path / "r.png")])
     budgets = {"8": {"accuracy": 0.5, "length": 7.0}, "16": {"accuracy": 0.6, "length": 9.0}}
     write_json(tmp_path / "budgets.json", {"name": "BARD", "budgets": budgets})
@@ -487,7 +501,7 @@ def test_pictures_are_drawn_from_the_command_line(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "crb")
     write_run(tmp_path / "sft", {}, [{"step": 1, "loss/kd": 0.1}])
     with pytest.raises(ValueError, match="got no scores"):
-        plots.plot_curves([tmp_path / "sft" / "metrics.jsonl"], tmp_path / "none.png")
+        curves.plot_curves([tmp_path / "sft" / "metrics.jsonl"], tmp_path / "none.png")
 
 
 # ---- BARD ----
@@ -569,7 +583,7 @@ def test_a_record_of_bard_says_how_right_and_wrong_answers_keep_to_the_budget(tm
     record = read_json(tmp_path / "record.json")
     assert (record["adherence_right"], record["adherence_wrong"]) == (1.0, 0.5)
     assert record["correct"]["38"] == "1000"
-    assert record["curve"] == [{"step": 1, "rollout/score": 0.25}]
+    assert record["curve"] == {"step": [1], "rollout/score": [0.25]}
     assert "every_adherence" not in record
 
 

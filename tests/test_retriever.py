@@ -4,11 +4,16 @@ The encoder is a tiny random BERT: what it retrieves is arbitrary but fixed, whi
 tests need. faiss is compared with where it is installed.
 """
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +25,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 import retriever
 from data import load_questions
 from encoder import Encoder
+from formats import indexes
 from infra.files import replace_surrogates
+from model import load_encoder
 from retriever import Corpus, Retriever, TorchIndex
+from rollout import RolloutSettings
 from world.pretrain import new_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,12 +92,12 @@ def best_by_hand(vectors: np.ndarray, queries: np.ndarray, top_k: int) -> np.nda
 # ---- corpus ----
 
 
-def test_title_quotes_are_taken_off_once_and_the_rest_is_text(tmp_path):
+def test_s5_the_first_line_is_the_title_as_it_stands_and_the_rest_is_text(tmp_path):
     contents = ['"Red"\nline\nnext', '""Heroes" (song)"\nx', "no title", "Bare\nx", '"\nx', ""]
     lines = Corpus(write_corpus(tmp_path / "c.jsonl", contents))
     results = [lines.passage(row, 0.5)[:3] for row in range(len(lines))]
     assert results == [
-        ("100", "Red", "line\nnext"), ("101", '"Heroes" (song)', "x"), ("102", "", "no title"),
+        ("100", '"Red"', "line\nnext"), ("101", '""Heroes" (song)"', "x"), ("102", "", "no title"),
         ("103", "Bare", "x"), ("104", '"', "x"), ("105", "", ""),
     ]  # fmt: skip
 
@@ -103,7 +111,7 @@ def test_any_text_is_read_back_with_what_tokenizers_refuse_replaced(tmp_path):
     )
     lines = Corpus(path)
     assert len(lines) == 2  # the last line counts without a newline, too
-    assert lines.passage(0, 0.0)[:3] == ("7", "A\ufffd", "\ufffd")
+    assert lines.passage(0, 0.0)[:3] == ("7", '"A\ufffd"', "\ufffd")
     assert lines.passage(1, 0.0).text == long
 
 
@@ -121,7 +129,7 @@ def test_rows_are_lines_whatever_they_contain(tmp_path_factory, contents, ascii_
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "", "[1]", '{"id": "1"}', '{"contents": "x"}', '{"id": 1, "contents": 2}', "[" * 9**5],
+    ["{", "[1]", '{"id": "1"}', '{"contents": "x"}', '{"id": 1, "contents": 2}', "[" * 9**5],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, encoder, line):
     path = write_corpus(tmp_path / "c.jsonl", passages(2))
@@ -201,7 +209,7 @@ def test_search_returns_the_nearest_passages_with_their_scores(corpus, encoder):
     np.testing.assert_allclose(
         [[p.score for p in one] for one in results], scores, atol=SCORE_TOLERANCE
     )
-    assert f'"{results[0][0].title}"\n{results[0][0].text}' == passages()[rows[0][0]]
+    assert f"{results[0][0].title}\n{results[0][0].text}" == passages()[rows[0][0]]
 
 
 def test_search_of_nothing_of_anything_and_of_more_than_there_is(tmp_path, encoder):
@@ -299,9 +307,9 @@ def test_an_index_of_another_corpus_or_encoder_is_refused(tmp_path, corpus, enco
         Retriever.load(shuffled, encoder, index=index)
     (tmp_path / "tokenizer.json").write_bytes((encoder_dir / "tokenizer.json").read_bytes())
     other = new_encoder(encoder.config, tmp_path / "tokenizer.json", 1).eval()
-    with pytest.raises(ValueError, match=r"cosine -?0\.\d+, expected 1.0"):
+    with pytest.raises(ValueError, match=r"passage 0's cosine -?0\.\d+, expected at least 0.99"):
         Retriever.load(corpus, other, index=index)
-    bare = new_encoder(encoder.config, tmp_path / "tokenizer.json", 0, query_prefix="")
+    bare = load_encoder(encoder_dir, prefixes={"passage": ""})
     with pytest.raises(ValueError, match="prefixes"):
         Retriever.load(corpus, bare, index=index)
 
@@ -364,7 +372,7 @@ def test_faiss_is_asked_for_its_gpus_before_it_is_given_them(tmp_path):
     flat = faiss.IndexFlatIP(2)
     flat.add(np.eye(2, dtype=np.float32))
     faiss.write_index(flat, str(tmp_path / "x.index"))
-    index = retriever.FaissIndex(tmp_path / "x.index", torch.device("cuda"))
+    index = retriever.FaissIndex(tmp_path / "x.index").to(torch.device("cuda"))
     assert index.search(torch.tensor([[0.0, 1.0]]), 3)[1].tolist() == [[1, 0]]
 
 
@@ -391,7 +399,471 @@ def test_the_program_builds_and_searches(tmp_path, corpus, encoder_dir):
     results = run("search", "ab cd", "zz", "--index", tmp_path / "index", "--top-k", "2")
     assert results.returncode == 0 and results.stdout.count("  [1") == 4, results.stderr
     failed = run("search", "ab", "--index", tmp_path / "nothing")
-    assert failed.returncode == 1 and failed.stderr.startswith("retriever.py: index: got")
+    assert failed.returncode == 1 and failed.stderr.startswith("retriever.py: --index: got")
+    assert f"encoder {encoder_dir}: pooling mean, normalised" in results.stderr.splitlines()[0]
+
+
+# ---- what is asked of faiss, where it is not installed, too ----
+
+
+def stub_of_faiss(monkeypatch, **of_index) -> None:
+    """faiss reads an index of three passages with these attributes."""
+    index = SimpleNamespace(**{"metric_type": 0, "ntotal": 3, "d": 2, **of_index})
+    faiss = SimpleNamespace(
+        METRIC_INNER_PRODUCT=0, read_index=lambda _: index, vector_to_array=np.array,
+        downcast_index=lambda inner: inner)  # fmt: skip
+    monkeypatch.setattr(indexes, "faiss_module", lambda: faiss)
+
+
+def test_r3_equal_scores_of_faiss_come_in_the_order_of_rows(monkeypatch):
+    scores, rows = np.array([[0.5, 0.9, 0.5]], np.float32), np.array([[2, 1, 0]])
+    stub_of_faiss(monkeypatch, search=lambda queries, top_k: (scores, rows))
+    found = retriever.FaissIndex(Path("x.index")).search(torch.zeros(1, 2), 3)
+    assert found[0].tolist() == [[scores[0, 1], 0.5, 0.5]] and found[1].tolist() == [[1, 0, 2]]
+
+
+def test_r3_an_index_of_distances_or_of_other_ids_is_refused(monkeypatch):
+    stub_of_faiss(monkeypatch, metric_type=1)
+    with pytest.raises(ValueError, match="expected inner product"):
+        retriever.FaissIndex(Path("x.index"))
+    for ids, is_right in (([2, 0, 1], True), ([1, 2, 3], False)):
+        stub_of_faiss(monkeypatch, id_map=ids, index=SimpleNamespace())
+        with nullcontext() if is_right else pytest.raises(ValueError, match="x.index: got"):
+            assert retriever.FaissIndex(Path("x.index")).num_rows == 3
+
+
+def test_r3_a_compressed_vector_is_near_to_its_passage_and_nearest_of_those_compared():
+    vectors = np.array([[1.0, 0.0], [0.8, 0.6]], np.float32)
+    rows = [4, 9]
+    assert indexes.unlike(rows, 2 * vectors, vectors, is_coded=True) is None
+    # Swapped, each still has a cosine of 0.8, but is nearer to the other's.
+    assert indexes.unlike(rows, vectors[::-1], vectors, is_coded=True) is not None
+    name, got, _ = indexes.unlike(rows, np.stack([vectors[0], -vectors[1]]), vectors)
+    assert name == "passage 9's cosine" and float(got) < 0
+    assert indexes.unlike(rows, 2 * vectors, vectors) is not None  # lengths count
+
+
+# ---- R3: index files of others ----
+
+WIDTH, NUM_ROWS = 16, 600  # enough rows for the coarse quantizers of faiss
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory, encoder) -> tuple[Path, np.ndarray]:
+    """A corpus, and its vectors."""
+    path = write_corpus(tmp_path_factory.mktemp("many") / "corpus.jsonl", passages(NUM_ROWS))
+    return path, encoder.embed(passages(NUM_ROWS), kind="passage").numpy()
+
+
+def write_faiss(path: Path, vectors: np.ndarray, kind: str, ids: np.ndarray | None = None) -> Path:
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors) if ids is None else index.add_with_ids(vectors, ids)
+    faiss.write_index(index, str(path))
+    return path
+
+
+KINDS = ["Flat", "IVF8,Flat", "IVF8,SQ8", "HNSW16", "HNSW16,SQ8", "SQ8", "SQfp16", "SQ4", "PQ4x4",
+         "IVF8,PQ4x4", "PQ4x4fs", "IVF8,PQ4x4fs", "Flat,RFlat", "PCAR8,Flat"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_r3_faiss_files_of_every_kind_are_known_by_their_corpus(
+    tmp_path, many, encoder, capfd, kind
+):
+    """Also those that cannot return a vector, or only nearly. Other orders of rows are refused."""
+    path, vectors = many
+    write_faiss(tmp_path / "x.index", vectors, kind)
+    loaded = Retriever.load(path, encoder, index=tmp_path / "x.index")
+    assert len(loaded.search(["ab cd"], 3)[0]) == 3
+    said = capfd.readouterr().err
+    assert ("may miss some of the best" in said) == (kind != "Flat")
+    assert ("searches 1 of 8 lists (nprobe)" in said) == kind.startswith("IVF")
+    for wrong in (vectors[::-1], np.roll(vectors, 1, 0)):
+        write_faiss(tmp_path / "y.index", np.ascontiguousarray(wrong), kind)
+        with pytest.raises(ValueError, match=r"y.index: got an index with pass.*, expected"):
+            Retriever.load(path, encoder, index=tmp_path / "y.index")
+
+
+@pytest.mark.parametrize("kind", ["IDMap,Flat", "IDMap2,Flat", "IVF8,Flat", "IDMap,HNSW16"])
+def test_r3_ids_of_a_faiss_file_are_the_numbers_of_rows(tmp_path, many, encoder, kind):
+    """Other ids would be read as rows, so that a search returns other passages than it found."""
+    path, vectors = many
+    order = np.random.default_rng(0).permutation(NUM_ROWS)
+    write_faiss(tmp_path / "x.index", vectors[order], kind, order)
+    loaded = Retriever.load(path, encoder, index=tmp_path / "x.index")
+    assert loaded.search([passages(NUM_ROWS)[7]], 50)[0]
+    for ids in (order + 1, order * 2, np.zeros(NUM_ROWS, int)):
+        write_faiss(tmp_path / "y.index", vectors[order], kind, ids)
+        with pytest.raises(ValueError, match="y.index: got ids such as"):
+            Retriever.load(path, encoder, index=tmp_path / "y.index")
+
+
+def test_r3_faiss_files_of_another_width_or_size_or_encoder_are_refused(tmp_path, many, encoder):
+    path, vectors = many
+    for wrong, message in (
+        (vectors[:, :8], "dim 8, expected 16"), (vectors[:-1], "rows 599, expected 600"),
+        (2 * vectors, "cosine 0.500, expected at least 0.99"),  # it was not normalised
+    ):  # fmt: skip
+        write_faiss(tmp_path / "y.index", np.ascontiguousarray(wrong), "Flat")
+        with pytest.raises(ValueError, match=message):
+            Retriever.load(path, encoder, index=tmp_path / "y.index")
+
+
+@pytest.mark.parametrize("size", [0, 3, 40, 1_000, 30_000])
+def test_r3_a_truncated_or_foreign_faiss_file_is_one_message(tmp_path, many, encoder, size):
+    path, vectors = many
+    whole = write_faiss(tmp_path / "x.index", vectors, "Flat").read_bytes()
+    for content in (whole[:size], b"\x93NUMPY" + bytes(size), b"version https://git-lfs\n" * 9):
+        (tmp_path / "y.index").write_bytes(content)
+        with pytest.raises(ValueError, match="y.index: got no whole file of faiss") as caught:
+            Retriever.load(path, encoder, index=tmp_path / "y.index")
+        assert ".cpp" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("row", [0, 5, 300, 590])
+def test_r3_several_passages_are_compared_with_the_index(tmp_path, many, encoder, row):
+    """Passage 0 alone does not tell a corpus, or vectors, that differ behind it."""
+    path, vectors = many
+    spoilt = vectors.copy()
+    spoilt[row : row + 100] = np.roll(vectors, 7, 0)[row : row + 100]
+    index = tmp_path / "index"
+    index.mkdir()
+    loaded = Retriever.load(path, encoder)
+    facts = {**retriever._facts(loaded.corpus, encoder), "done": NUM_ROWS}
+    (index / "index.json").write_text(json.dumps(facts))
+    for got, is_good in ((vectors, True), (spoilt, False), (np.zeros_like(vectors), False),
+                         (np.full_like(vectors, np.nan), False)):  # fmt: skip
+        np.save(index / "embeddings.npy", got)
+        if is_good:
+            Retriever.load(path, encoder, index=index)
+            continue
+        with pytest.raises(ValueError, match=r"passage \d+'s cosine"):
+            Retriever.load(path, encoder, index=index)
+
+
+def test_r3_vectors_on_disk_are_whole_floats_of_the_right_shape(tmp_path, corpus, encoder_dir):
+    index = tmp_path / "index"
+    retriever.build(corpus, str(encoder_dir), index)
+    whole = (index / "embeddings.npy").read_bytes()
+    for size in (0, 20, 200):
+        (index / "embeddings.npy").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="embeddings.npy: got .*build the index again"):
+            Retriever.load(corpus, encoder_dir, index=index)
+    for wrong in (np.zeros(41), np.zeros((41, 16), int), np.zeros((41, 2, 8))):
+        np.save(index / "embeddings.npy", wrong)
+        with pytest.raises(ValueError, match="embeddings.npy: got .*, expected a row of floats"):
+            Retriever.load(corpus, encoder_dir, index=index)
+
+
+# ---- leftovers, and a reader beside a builder ----
+
+
+def test_r3_what_a_build_left_behind_is_not_taken_for_an_index(tmp_path, corpus, encoder_dir):
+    index = tmp_path / "index"
+    retriever.build(corpus, str(encoder_dir), index)
+    for name in (".index.json.partial7", ".index.faiss.partial7", "embeddings.npy.partial"):
+        (index / name).write_bytes(b"x")
+    assert Retriever.load(corpus, encoder_dir, index=index).search(["ab"], 1)
+    with pytest.raises(FileNotFoundError, match="--faiss"):
+        Retriever.load(corpus, encoder_dir, index=index, backend="faiss")
+    (index / "index.faiss").write_bytes(b"of an older build")
+    retriever.build(corpus, str(encoder_dir), index)
+    assert not (index / "index.faiss").exists()
+
+
+def test_r3_a_file_of_faiss_in_an_unfinished_folder_is_not_searched(tmp_path, many, encoder):
+    path, vectors = many
+    index = tmp_path / "index"
+    index.mkdir()
+    write_faiss(index / "index.faiss", vectors, "Flat")
+    facts = retriever._facts(Retriever.load(path, encoder).corpus, encoder)
+    (index / "index.json").write_text(json.dumps({**facts, "done": 7}))
+    for way in ({"index": index, "backend": "faiss"}, {"index": index / "index.faiss"}):
+        with pytest.raises(ValueError, match="done 7, expected 600"):
+            Retriever.load(path, encoder, **way)
+
+
+def test_r3_an_index_that_is_built_anew_while_it_is_opened_is_refused(
+    tmp_path, corpus, encoder_dir, monkeypatch
+):
+    """The builder removes index.json first, so a reader that sees it twice has the old vectors."""
+    index = tmp_path / "index"
+    retriever.build(corpus, str(encoder_dir), index)
+    read = retriever.read_vectors
+
+    def read_beside_a_builder(path):
+        facts = json.loads((index / "index.json").read_text())
+        (index / "index.json").write_text(json.dumps({**facts, "done": 5}))
+        return read(path)
+
+    monkeypatch.setattr(retriever, "read_vectors", read_beside_a_builder)
+    with pytest.raises(ValueError, match="is being built again"):
+        Retriever.load(corpus, encoder_dir, index=index)
+
+
+# ---- R4: bad lines ----
+
+
+def refuse_to_embed(*_, **__):
+    raise AssertionError("embedded before every line was read")
+
+
+def test_r4_a_bad_line_is_found_before_anything_is_embedded(
+    tmp_path, encoder, encoder_dir, monkeypatch
+):
+    path = write_corpus(tmp_path / "c.jsonl", passages(30))
+    path.write_text(path.read_text() + '\n\n{"id": 9}\n{"id": 10, "contents": "x"}\n')
+    monkeypatch.setattr(retriever, "EMBED_ROWS", 10)
+    monkeypatch.setattr(Encoder, "embed", refuse_to_embed)
+    message = r"c\.jsonl:33: got .* with the keys \['id'\], expected an id"
+    with pytest.raises(ValueError, match=message):
+        Retriever.load(path, encoder)
+    with pytest.raises(ValueError, match=message):
+        retriever.build(path, str(encoder_dir), tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_r4_blank_lines_are_passed_over(tmp_path, encoder, encoder_dir, end):
+    """At the start, between, and at the end; a row is the number of a line that is not blank."""
+    rows = [json.dumps({"id": i, "contents": text}) for i, text in enumerate(passages())]
+    blank = ["", "  ", "\t", " " * 5_000, "\x0b\x0c"]
+    mixed = blank + [line for row in rows for line in (row, *blank[: len(row) % 4])] + blank
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(end.join(mixed).encode())
+    lines = Corpus(path)
+    assert [lines.read(row) for row in range(len(lines))] == [
+        (str(i), text) for i, text in enumerate(passages())
+    ]
+    numbers = [lines.lines.line_number(row) for row in range(len(lines))]
+    assert [mixed[number - 1] for number in numbers] == rows
+    retriever.build(path, str(encoder_dir), tmp_path / "index")
+    plain = write_corpus(tmp_path / "plain.jsonl", passages())
+    expected = [int(p.id) - 100 for p in Retriever.load(plain, encoder).search(["ab"], 9)[0]]
+    found = Retriever.load(path, encoder, index=tmp_path / "index").search(["ab"], 9)[0]
+    assert [int(p.id) for p in found] == expected
+
+
+def test_r4_lines_are_found_whatever_the_blocks_that_a_file_is_read_in(tmp_path, monkeypatch):
+    text = b'{"id": 1, "text": "a"}\n\n \n{"id": 2, "text": "b"}\n\n{"id": 3, "text": "c"}\n\n'
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(text)
+    for size in range(1, len(text) + 2):
+        monkeypatch.setattr("formats.corpora.BLOCK", size)
+        lines = Corpus(path)
+        rows = [lines.read(row) for row in range(len(lines))]
+        assert rows == [("1", "a"), ("2", "b"), ("3", "c")]
+        assert [lines.lines.line_number(row) for row in range(3)] == [1, 4, 6]
+
+
+def test_r4_a_corpus_of_blank_lines_is_empty(tmp_path):
+    (tmp_path / "c.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match="c.jsonl: got blank lines alone"):
+        Corpus(tmp_path / "c.jsonl")
+
+
+def test_r4_ids_that_occur_twice_are_said(tmp_path, encoder, capfd):
+    rows = [{"id": i, "contents": "x"} for i in (4, 5, "4", 6, 4)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    Retriever.load(path, encoder)
+    said = capfd.readouterr().err
+    assert "2 passages have the id of an earlier one, such as '4' in lines 1 and 3" in said
+
+
+def test_r4_a_built_index_is_opened_without_reading_every_line_again(
+    tmp_path, corpus, encoder_dir, monkeypatch
+):
+    """Of 14 GB that would take minutes at every start; the build has read them."""
+    retriever.build(corpus, str(encoder_dir), tmp_path / "index")
+    read = []
+    monkeypatch.setattr(Corpus, "check", None, raising=False)
+    original = retriever.Lines.read
+    monkeypatch.setattr(retriever.Lines, "read",
+                        lambda self, row: read.append(row) or original(self, row))  # fmt: skip
+    Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
+    assert 0 < len(read) <= retriever.NUM_COMPARED
+
+
+# ---- R5: corpora as they are published ----
+
+
+@pytest.mark.parametrize(("row", "expected"), [
+    ({"id": "7", "contents": '"A"\ntext'}, ("7", '"A"', "text")),
+    ({"_id": "7", "title": "A", "text": "text", "metadata": {}}, ("7", "A", "text")),  # BEIR
+    ({"_id": "7", "title": "", "text": "two\nlines"}, ("7", "", "two\nlines")),
+    ({"_id": "7", "title": "A", "text": "A\nis A"}, ("7", "A", "A\nis A")),
+    ({"docid": 7, "text": "two\nlines"}, ("7", "", "two\nlines")),
+    ({"id": 7, "title": None, "text": "text"}, ("7", "", "text")),
+    ({"id": 7, "title": "A", "contents": "text"}, ("7", "A", "text")),  # beside the contents
+    ({"id": 7, "title": "A", "contents": "A\ntext", "text": "text"}, ("7", "A", "text")),
+    ({"id": 7, "title": '"A"', "contents": '"A"\ntext'}, ("7", '"A"', "text")),
+    ({"id": 7, "title": "A", "contents": '"A"\ntext'}, ("7", '"A"', "text")),
+    ({"pid": 7, "title": "A\nB", "passage": "text"}, ("7", "A B", "text")),
+])  # fmt: skip
+def test_r5_rows_are_read_under_the_keys_of_published_corpora(tmp_path, row, expected):
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\r\n")
+    assert Corpus(tmp_path / "c.jsonl").passage(0, 0.0)[:3] == expected
+
+
+@pytest.mark.parametrize("row", [
+    {"contents": "x"}, {"id": None, "contents": "x"}, {"id": True, "contents": "x"},
+    {"id": 1, "content": "x"}, {"id": 1, "text": ["x"]}, {"id": 1, "title": 3, "text": "x"},
+    {"id": 1.5, "text": "x"},
+])  # fmt: skip
+def test_r5_other_rows_are_refused_with_the_keys_found(tmp_path, row):
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"c.jsonl:1: got .* with the keys \[.*\], expected an id"):
+        Corpus(tmp_path / "c.jsonl").read(0)
+
+
+ROWS = [{"id": "1", "contents": "Red\nred is red"}, {"id": "2", "contents": 'Blue\n"b" is blue'}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+DPR = b'id\ttext\ttitle\r\n1\tred is red\tRed\r\n2\t"""b"" is blue"\t"Blue"\r\n'
+MS_MARCO = b'1\tred is red\n\n2\t"b" is blue\n'
+PUBLISHED = {
+    "c.jsonl.gz": (gzip.compress(LINES), "gzip", ROWS),
+    "c.jsonl": (gzip.compress(LINES), "gzip", ROWS),  # whatever it is called
+    "c.jsonl.bz2": (bz2.compress(LINES), "bzip2", ROWS),
+    "c.jsonl.xz": (lzma.compress(LINES), "xz", ROWS),
+    "psgs.tsv": (DPR, "a table", ROWS),
+    "psgs.tsv.gz": (gzip.compress(DPR), "gzip", ROWS),
+    "collection.tsv": (MS_MARCO, "a table", [{"id": "1", "contents": "red is red"},
+                                             {"id": "2", "contents": '"b" is blue'}]),
+    "c.json": (json.dumps(ROWS, indent=1).encode(), "a JSON array", ROWS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_r5_other_formats_are_refused_with_a_command_that_converts_them(tmp_path, encoder, name):
+    content, kind, expected = PUBLISHED[name]
+    path, out = tmp_path / name, tmp_path / "plain.jsonl"
+    path.write_bytes(content)
+    message = f"{name}: got {kind}.*python retriever.py convert --corpus .*{name} --out"
+    with pytest.raises(ValueError, match=message):
+        Retriever.load(path, encoder)
+    retriever.convert(path, out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == expected
+    assert len(Retriever.load(out, encoder).corpus) == 2
+    with pytest.raises(FileExistsError, match="which is there already"):
+        retriever.convert(path, out)
+
+
+def test_r5_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(
+    tmp_path, encoder, monkeypatch
+):
+    path = tmp_path / "c.parquet"
+    path.write_bytes(b"PAR1 and so on")
+    with pytest.raises(ValueError, match="got parquet.* convert --corpus"):
+        Retriever.load(path, encoder)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        retriever.convert(path, tmp_path / "out.jsonl")
+    monkeypatch.undo()
+    pyarrow = pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="c.parquet: got .*expected a parquet file"):
+        retriever.convert(path, tmp_path / "out.jsonl")
+    from pyarrow import parquet
+
+    rows = [{"id": 1, "title": "Red", "text": "red is red"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    retriever.convert(path, tmp_path / "out.jsonl")
+    assert Corpus(tmp_path / "out.jsonl").read(0) == ("1", "Red\nred is red")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (gzip.compress(LINES)[:-9], "c.x: got EOFError"),
+    (b"PK\x03\x04zip", "got zip, expected .*unpack it"),
+    ("\ufeff{}".encode("utf-16"), "got UTF-16, expected .*save it as UTF-8"),
+    (LINES + b'{"id": 3}\n', r"c.x:3: got .* with the keys \['id'\]"),
+    (b"[1, 2]", "c.x: entry 1: got"),
+    (b"id\ttext\n1\n", r"c.x:2: got 1 columns, expected \['id', 'text'\]"),
+    (b'id\ttext\n1\t"a" b\n', "c.x:2: got .*expected a field in quotes to end"),
+    (b"1\turl\ttitle\tbody\n", "c.x:1: got 4 columns"),
+    (b"\n\n", "c.x: got no passages"),
+])  # fmt: skip
+def test_r5_a_conversion_that_cannot_be_true_is_refused_and_leaves_nothing(
+    tmp_path, content, message
+):
+    (tmp_path / "c.x").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        retriever.convert(tmp_path / "c.x", tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.x"]
+
+
+# ---- R7: the length of a passage; R1: prefixes of a search ----
+
+
+def test_r7_a_build_says_how_many_passages_are_cut_also_when_it_goes_on(
+    tmp_path, corpus, encoder_dir, monkeypatch, capfd
+):
+    monkeypatch.setattr(retriever, "EMBED_ROWS", 10)
+    contents = passages()
+    for row in range(0, NUM_PASSAGES, 4):
+        contents[row] = contents[row][:12]  # 11 of 41 are short
+    path = write_corpus(tmp_path / "mixed.jsonl", contents)
+    num_calls, original = 0, Encoder.embed
+
+    def embed(self, *texts, **options):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise KeyboardInterrupt
+        return original(self, *texts, **options)
+
+    monkeypatch.setattr(Encoder, "embed", embed)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
+    retriever.build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
+    said = capfd.readouterr().err
+    assert "73.2% of passages are longer than 30 tokens and cut" in said
+    assert "30 tokens" in said
+
+
+def test_r7_an_index_is_searched_with_the_length_that_it_was_built_with(
+    tmp_path, corpus, encoder_dir, capfd
+):
+    """Older indexes of E5 were built with 256 tokens of its 512."""
+    retriever.build(corpus, str(encoder_dir), tmp_path / "index", max_tokens=20)
+    facts = json.loads((tmp_path / "index/index.json").read_text())
+    assert facts["max_tokens"] == 20
+    capfd.readouterr()
+    loaded = Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
+    assert loaded.encoder.max_tokens == 20 and "20 tokens" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="max_tokens 20, expected 64.*--max-tokens"):
+        Retriever.load(corpus, encoder_dir, index=tmp_path / "index", max_tokens=64)
+    for wrong in (1_000, "x", None):
+        (tmp_path / "index/index.json").write_text(json.dumps({**facts, "max_tokens": wrong}))
+        with pytest.raises(ValueError, match="max_tokens"):
+            Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
+
+
+def test_r1_an_index_with_other_prefixes_is_refused_and_prefixes_can_be_given(
+    tmp_path, corpus, encoder_dir
+):
+    given = {"query": "q ", "passage": "p "}
+    retriever.build(corpus, str(encoder_dir), tmp_path / "index", prefixes=given)
+    with pytest.raises(ValueError, match="prefixes.*--passage-prefix"):
+        Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
+    loaded = Retriever.load(corpus, encoder_dir, index=tmp_path / "index", prefixes=given)
+    assert loaded.encoder.prefixes == given
+    other = {"query": "another ", "passage": "p "}  # no stored vector depends on it
+    assert Retriever.load(corpus, encoder_dir, index=tmp_path / "index", prefixes=other)
+
+
+def test_r1_the_settings_of_every_program_take_prefixes(tmp_path, corpus, encoder_dir):
+    settings = RolloutSettings(corpus=str(corpus), encoder=str(encoder_dir), query_prefix="")
+    loaded = retriever.open_retriever(settings)
+    assert loaded.encoder.prefixes == {"query": "", "passage": "passage: "}
+
+
+def test_r7_the_shipped_encoder_reads_what_it_always_read(tmp_path):
+    """128 positions, mean, its own prefixes: runs of the embedded world do not change."""
+    encoder = load_encoder(retriever.WORLD / "encoder")
+    assert str(encoder).startswith('pooling mean, normalised, prefixes query "query: ", passage '
+                                   '"passage: ", 128 tokens')  # fmt: skip
 
 
 # ---- real passages ----

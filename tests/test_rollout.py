@@ -3,7 +3,10 @@
 Run: python -m pytest tests/test_rollout.py
 """
 
+import copy
+import os
 import runpy
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +23,7 @@ from data import Passage, Question, build_messages, load_questions
 from episode import (
     SEARCH_R1,
     STATUSES,
+    Episode,
     Segment,
     begin_episode,
     observation_ids,
@@ -31,10 +35,11 @@ from model import Tokenizer, load_decoder
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
 from tests.support.mini import sharpen
-from tests.support.models import decoder_config
+from tests.support.models import EOS, PAD, decoder_config
 from tests.support.scripted import (
     SEARCH_THEN_ANSWER,
     FixedRetriever,
+    ScriptedDecoder,
     ask,
     play,
     scripted_policy,
@@ -44,6 +49,7 @@ from world.pretrain import new_decoder
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WORLD_LOGPROB_DIFFERENCE = 1e-4  # six layers
 MAX_LOGPROB_DIFFERENCE = 1e-5  # fp32: sampler with a cache against one pass over the episode
+MAX_END_S = 60  # of a program that loads torch and plays one episode
 ANSWER = "<answer> gold </answer>"
 SEARCH = "<search> q </search>"
 
@@ -62,8 +68,8 @@ def test_an_episode_is_prompt_agent_environment_agent_and_stops_at_the_tags(toke
     texts = [tokenizer.decode(s.ids) for s in episode.segments]
     assert texts[1] == "<think>hm</think><search> q1 </search>"
     assert texts[2] == (
-        '\n\n<information>Doc 1(Title: "T0") short text on q1\n'
-        'Doc 2(Title: "T1") short text on q1</information>\n\n'
+        '\n\n<information>Doc 1(Title: T0) short text on q1\n'
+        'Doc 2(Title: T1) short text on q1</information>\n\n'
     )
     assert texts[3] == "<think>so</think><answer> gold </answer>"
     assert (episode.status, episode.answer, episode.score) == ("answered", "gold", 1.0)
@@ -129,6 +135,181 @@ def test_without_a_retriever_no_turn_may_search(tokenizer):
     policy = scripted_policy(tokenizer, {})
     with pytest.raises(ValueError, match="--max-turns 0"):
         generate(policy, None, [ask("ask-a")], RolloutSettings(), seed=0)
+
+
+# ---- tokens that end a turn (L1) ----
+
+
+def test_l1_a_turn_ends_at_any_end_token_and_what_follows_it_wins_nothing(tokenizer):
+    two = copy.copy(tokenizer)
+    two.end_ids = frozenset({EOS, PAD})
+    script = tokenizer.encode("<answer> go") + [PAD] + tokenizer.encode("ld </answer>") + [EOS]
+    settings = RolloutSettings(
+        max_turns=0, temperature=0, max_context_tokens=400, max_new_tokens=60, prompt="short"
+    )
+    for ends, status in ((two, "invalid"), (tokenizer, "answered")):
+        policy = Policy(ScriptedDecoder(tokenizer, {"ask-a": script}), ends)
+        [episode] = generate(policy, None, [ask("ask-a")], settings, seed=0)
+        assert (episode.status, episode.segments[-1].ids[-1] == PAD) == (status, ends is two)
+        assert episode.score == (ends is tokenizer)
+
+
+# ---- thoughts (L9) ----
+
+NAMED = "<think> between <answer> and </answer>, after <search> x </search> </think>"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        NAMED + ANSWER,
+        NAMED + NAMED + ANSWER,
+        f"so {NAMED} then\n{ANSWER}",
+        "<think> a <think> <answer> b </answer> </think>" + ANSWER,
+        "</think> stray </think>" + ANSWER,
+        NAMED + "</think>" + ANSWER,
+        "<answer> <think> <answer> no </answer> </think> gold </answer>",
+        "<THINK> " + ANSWER + " </THINK>",
+        "<think> never closed, and " + ANSWER,
+        NAMED + "<think> never closed, and " + ANSWER,
+    ],
+)
+def test_l9_what_stands_in_a_thought_is_no_action(tokenizer, script):
+    for turns in (0, 2):
+        episode = play_one(tokenizer, script, max_turns=turns, max_new_tokens=200)
+        assert (episode.status, episode.answer) == ("answered", "gold")
+        assert episode.num_searches == 0
+    opened = script.rfind("<think>") > script.rfind("</think>")
+    agent = tokenizer.decode([i for s in episode.segments if s.author == "agent" for i in s.ids])
+    assert agent == (script if opened else script.partition("</THINK>")[0].rstrip())
+
+
+def test_l9_an_open_thought_ends_with_the_turn_by_its_limit_too_and_its_search_is_run(tokenizer):
+    retriever = FixedRetriever()
+    script = "<think> look <search> q </search> and more than there is room for"
+    episode = play_one(tokenizer, script + ANSWER, retriever, max_new_tokens=40, max_turns=1)
+    assert retriever.batches == [["q"]] and len(episode.segments[1].ids) == 40
+    full = play_one(tokenizer, "<think> " + ANSWER, max_context_tokens=num_prompt_tokens(tokenizer)
+                    + len("<think> " + ANSWER) + 1)
+    assert full.answer == "gold"
+
+
+def test_l9_a_thought_that_the_environment_opened_or_closed_counts(tokenizer):
+    policy = scripted_policy(tokenizer, {"ask-a": "<answer> no </answer> </think>" + ANSWER})
+    settings = RolloutSettings(max_turns=0, temperature=0, max_context_tokens=400, prompt="short")
+    begun = begin_episode(tokenizer, ask("ask-a"), "short", opens="<think>")
+    [episode] = generate(policy, None, [begun], settings, seed=0)
+    assert episode.answer == "gold"
+    protocol = interrupting(9, " wait <think>", opens="<think>")
+    script = "<think> a <answer> no </answer> </think>" + ANSWER
+    episode = play_one(tokenizer, script, max_turns=0, notices=(" wait <think>",),
+                       protocol=protocol)
+    assert episode.answer == "gold"
+
+
+def test_l9_the_token_that_completes_a_tag_is_kept_whole(tokenizer):
+    class Words:
+        """Pieces of several characters, as real vocabularies have them."""
+
+        pieces = ["<think>", " a </answer", ">\n", "</think", "><answer>", " gold </answer", ">!!"]
+        end_ids, eos_id = frozenset({99}), 99
+
+        def decode(self, ids):
+            return "".join(self.pieces[i] for i in ids if i < len(self.pieces))
+
+        def containing(self, character):
+            return frozenset(i for i, piece in enumerate(self.pieces) if character in piece)
+
+    row = rollout._Row(Episode(ask("q"), [Segment("prompt", [0]), Segment("agent", [])]), 0, [0])
+    engine = object.__new__(rollout._Engine)
+    engine.settings, engine.protocol, engine.tokenizer = RolloutSettings(), SEARCH_R1, Words()
+    engine.closers = engine.tokenizer.containing(">")
+    for token in range(len(Words.pieces)):
+        assert not row.episode.status
+        engine.take(row, token, 0.0)
+    assert row.episode.answer == "gold" and row.episode.segments[-1].ids == [*range(7)]
+
+
+# ---- retrievers that fail (L11) ----
+
+
+class Broken(FixedRetriever):
+    """Fails in the way that `harm` says: raises it, or returns what it returns."""
+
+    def __init__(self, harm):
+        super().__init__()
+        self.harm = harm
+
+    def search(self, queries, top_k):
+        if isinstance(self.harm, type):
+            raise self.harm("no")
+        return self.harm(super().search(queries, top_k))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        KeyError,
+        ValueError,
+        ZeroDivisionError,
+        StopIteration,
+        TimeoutError,
+        AssertionError,
+        lambda found: found[:-1],
+        lambda found: found + found,
+        lambda found: None,
+        lambda found: 3,
+        lambda found: ["passages"] * len(found),
+        lambda found: [[None]] * len(found),
+        lambda found: [[p._replace(text=None) for p in ps] for ps in found],
+        lambda found: [[p._replace(text="\ud800") for p in ps] for ps in found],
+    ],
+)
+def test_l11_a_retriever_that_breaks_in_any_way_ends_its_episodes_as_search_error(
+    tokenizer, harm, capsys
+):
+    scripts = {"ask-a": SEARCH_THEN_ANSWER, "ask-b": SEARCH_THEN_ANSWER, "ask-c": ANSWER}
+    episodes = play(tokenizer, scripts, Broken(harm))
+    assert [e.status for e in episodes.values()] == ["search_error", "search_error", "answered"]
+    assert capsys.readouterr().err.count("search failed (") % 3 == 0
+
+
+def test_l11_a_search_without_a_hit_is_an_observation_without_documents(tokenizer):
+    episode = play_one(tokenizer, SEARCH_THEN_ANSWER, Broken(lambda found: [() for _ in found]))
+    assert episode.status == "answered" and episode.passages == [[]]
+    assert "Doc 1" not in tokenizer.decode(episode.segments[2].ids)
+
+
+def test_l11_a_keyboard_interrupt_of_a_retriever_is_not_swallowed(tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        play_one(tokenizer, SEARCH_THEN_ANSWER, Broken(KeyboardInterrupt))
+
+
+HANGING = """
+import sys, threading
+from pathlib import Path
+from rollout import generate
+from tests.support.models import byte_tokenizer
+from tests.support.scripted import SEARCH_THEN_ANSWER, play
+
+class Hanging:
+    def search(self, queries, top_k):
+        threading.Event().wait()
+
+tokenizer = byte_tokenizer(Path(sys.argv[1]))
+episode = play(tokenizer, {"ask-a": SEARCH_THEN_ANSWER}, Hanging(), search_timeout_s=0.1)["ask-a"]
+print(episode.status)
+"""
+
+
+def test_l11_a_retriever_that_hangs_holds_up_neither_the_others_nor_the_end(tokenizer, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", HANGING, str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=MAX_END_S, check=True,
+    )  # fmt: skip
+    assert result.stdout.strip() == "search_error"
+    assert result.stderr.count("no answer within 0.1 s") == 3
 
 
 # ---- the edge of the context ----
@@ -236,6 +417,13 @@ def test_the_bound_on_queries_of_a_protocol_is_kept(tokenizer, max_queries, aske
     episode = play_one(tokenizer, script, retriever, protocol=protocol, max_obs_tokens=300)
     assert retriever.batches == [asked] and episode.queries == asked
     assert episode.dropped_queries == dropped and episode.num_searches == 1
+
+
+def test_queries_asked_and_dropped_are_of_all_searches(tokenizer):
+    script = "<search> q1 q2 q3 </search><search> r1 r2 </search>" + ANSWER
+    episode = play_one(tokenizer, script, protocol=several_queries(1), max_obs_tokens=300)
+    assert (episode.queries, episode.dropped_queries) == (["q1", "r1"], 3)
+    assert [len(passages) for passages in episode.passages] == [2, 2]
 
 
 def test_passages_of_queries_that_many_rows_ask_at_once_come_back_to_their_own(tokenizer):
@@ -501,7 +689,7 @@ def test_ask_prints_one_episode_of_the_embedded_world(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["ask"], ["aks", "who"]])
 def test_the_program_says_what_it_expects(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["rollout.py", *words])
-    with pytest.raises(SystemExit, match="rollout.py: got .*expected"):
+    with pytest.raises(SystemExit, match="rollout.py: .*got .*expected"):
         runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
 
 

@@ -3,21 +3,35 @@
 Run: python -m pytest tests/test_run.py
 """
 
+import datetime
 import json
+import logging
 import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from infra import checkpoint
 from infra.checkpoint import best_state, save_state, states
+from infra.memory import disk_report
 from infra.parallel import micro_batches, shuffled, uniforms, update
+from infra.processes import start_several
+from infra.record import changes, paths_of
 from infra.run import MAX_SKIPPED, Run, RunSettings, Stop
+from model import Critic, Tokenizer, load_decoder
+from settings import TrainSettings
 from tests.support.mini import read_rows
+from tests.support.runs import run as run_mini
 
 
 class Counter:
@@ -35,7 +49,8 @@ class Counter:
 
 def begin(folder, schedule=None, num_steps: int = 10, **changes) -> Run:
     """A run of a network with one layer, ready for its first step."""
-    settings = RunSettings(phase="kd", run_dir=str(folder), save_every=1, device="cpu", **changes)
+    values = {"phase": "kd", "run_dir": str(folder), "save_every": 1, "device": "cpu", **changes}
+    settings = RunSettings(**values)
     run = Run(settings, 0, 1, torch.device("cpu"))
     run.prepare_folder()
     run.start(num_steps, 8, {"student": torch.nn.Linear(2, 2)}, schedule)
@@ -96,7 +111,7 @@ def test_a_state_is_on_the_disk_before_it_gets_its_name_and_after_the_log(tmp_pa
 
 
 def test_a_state_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **options):
         raise OSError("no space left on device")
 
     network = torch.nn.Linear(2, 2)
@@ -105,6 +120,211 @@ def test_a_state_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypa
     with pytest.raises(OSError, match="student.safetensors: no space left"):
         save_state(tmp_path, {"student": network}, {}, {"step": 2})
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000001"]
+
+
+# ---- what a run keeps, and for how long ----
+
+
+def test_a_run_says_how_much_its_states_take_and_whether_the_disk_has_room(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=2**31)
+    monkeypatch.setattr("infra.memory.shutil.disk_usage", lambda _: usage)
+    networks = {"actor": torch.nn.Linear(2**14, 2**12, bias=False)}  # 0.25 GiB; a state: 0.75
+    text = disk_report(tmp_path, networks, 2, save_every=5)
+    assert "the 2 newest and the best, 0.75 GiB each; the result has 0.25 GiB" in text
+    # Two, the best, the one being written, and the result.
+    assert "got 2 GiB free on the disk, expected 3.25 GiB; make room" in text
+    assert "warning" not in disk_report(tmp_path, networks, 2, save_every=0)
+    for step in (5, 10):
+        (tmp_path / "state" / f"step_{step:06d}").mkdir(parents=True)
+    assert "warning" not in disk_report(tmp_path, networks, 2, save_every=5)
+
+
+def test_a_folder_in_which_another_process_writes_is_refused(tmp_path):
+    program = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); "  # as record.lock does
+    program += "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    begin(tmp_path / "run")
+    command = [sys.executable, "-c", program, str(tmp_path / "run" / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="run: got another process that writes there; wait"):
+            begin(tmp_path / "run")
+    finally:
+        holder.kill()
+        holder.communicate()
+    begin(tmp_path / "run")  # a killed process holds nothing
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_said(tmp_path, capsys):
+    run = begin(tmp_path)
+    log(run, 1, loss_kd=0.1)
+    (tmp_path / ".run.json.partial123").write_text('{"settings')
+    (tmp_path / "state" / "step_000002.partial").mkdir()
+    begin(tmp_path, resume=True)
+    assert capsys.readouterr().out.count("which a killed process had not finished") == 2
+    assert not [*tmp_path.glob("**/*partial*"), *tmp_path.glob("**/.*partial*")]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path):
+    def fill_the_disk(path):
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    (tmp_path / "run.json").write_text("whole")
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.write_aside(tmp_path / "run.json", fill_the_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == "whole"
+
+
+# ---- a run that goes on ----
+
+
+def test_a_resumed_run_says_each_change_and_keeps_the_former_records(tmp_path, capsys):
+    log(begin(tmp_path, grad_clip=1.0), 1, loss_kd=0.1)
+    log(begin(tmp_path, grad_clip=2.0, save_every=7, resume=True), 2, loss_kd=0.1)
+    said = capsys.readouterr().out
+    assert "--grad-clip: was 1.0, continues with 2.0" in said and "save-every" not in said
+    begin(tmp_path, grad_clip=3.0, resume=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    former = [(one["settings"]["grad_clip"], one["until_step"]) for one in record["history"]]
+    assert record["settings"]["grad_clip"] == 3.0 and former == [(1.0, 1), (2.0, 1)]
+    assert all("history" not in one for one in record["history"])
+
+
+@pytest.mark.parametrize(("name", "other"), [("phase", "sft"), ("seed", 1)])
+def test_a_resumed_run_that_would_be_another_run_is_refused_and_nothing_changes(
+    tmp_path, name, other
+):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"another run: it has --{name} .*, now {other!r}"):
+        begin(tmp_path, resume=True, **{name: other})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_may_be_written_otherwise_and_a_folder_may_move(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("a", "b")]
+    folders[0].mkdir()
+    settings = {"student": str(folders[0]), "seed": 0}
+    record = {"settings": settings, "paths": paths_of(settings)}
+    monkeypatch.chdir(tmp_path)
+    assert changes(record, settings | {"student": "./a"}, tmp_path) == []
+    folders[1].mkdir()
+    with pytest.raises(ValueError, match="--student .*a', now 'b'"):
+        changes(record, settings | {"student": "b"}, tmp_path)
+    folders[0].rmdir()
+    [line] = changes(record, settings | {"student": "b"}, tmp_path)
+    assert "which is gone; continues with 'b'" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"settings": {"seed"', "[]", "{}", '{"settings": 5}', "\xff"]
+)
+def test_a_damaged_record_is_refused_by_name_and_left(tmp_path, text):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    (tmp_path / "run.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="run.json: got no .*restore it, or move it away"):
+        begin(tmp_path, resume=True)
+    assert (tmp_path / "run.json").read_text(encoding="latin-1") == text
+
+
+def test_a_finished_run_without_its_states_is_not_started_anew_by_resume(tmp_path):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    (tmp_path / "model.safetensors").touch()
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(Stop, match="got no undamaged state to continue .*--overwrite"):
+        begin(tmp_path, resume=True)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_when_all_states_are_damaged_the_log_is_kept_and_the_run_refused_again_and_again(tmp_path):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    (states(tmp_path)[0] / "student.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(Stop, match="got no undamaged state"):
+            begin(tmp_path, resume=True)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_run_begun_again_leaves_nothing_of_the_former_one(tmp_path):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    for name in ("model.safetensors", "collapse.txt"):
+        (tmp_path / name).touch()
+    begin(tmp_path, overwrite=True)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"run.json", ".lock"}
+
+
+def test_c4_the_date_is_that_of_the_runs_first_start(tmp_path):
+    log(begin(tmp_path), 1, loss_kd=0.1)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["date"] == datetime.date.today().isoformat()
+    (tmp_path / "run.json").write_text(json.dumps(record | {"date": "2020-02-03"}))
+    assert begin(tmp_path, resume=True).date == "2020-02-03"
+    assert json.loads((tmp_path / "run.json").read_text())["date"] == "2020-02-03"
+    assert begin(tmp_path, overwrite=True).date == record["date"]
+
+
+@pytest.mark.parametrize("place", ["run", "run/state/step_000001"])
+def test_a_run_does_not_learn_from_what_it_replaces(mini, tmp_path, place):
+    run_here = ["--phase", "sft", "--epochs", "0.34"]
+    run_mini(mini, tmp_path / "run", *run_here)
+    with pytest.raises(ValueError, match="--student: got .*run.*, which the run in .* replaces"):
+        run_mini(mini, tmp_path / "run", *run_here, "--overwrite", "--student",
+                 str(tmp_path / place))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+# ---- states as models ----
+
+
+def test_every_state_is_a_model_that_costs_no_disk(mini, tmp_path, capfd):
+    run_mini(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2")
+    state = states(tmp_path / "run")[-1]
+    ours, result = load_decoder(state).state_dict(), load_decoder(tmp_path / "run").state_dict()
+    assert all(torch.equal(ours[name], result[name]) for name in result)
+    # All states hold links to one tokenizer, and a model's weights are the actor's.
+    assert (state / "tokenizer.json").samefile(states(tmp_path / "run")[0] / "tokenizer.json")
+    assert (state / "model.safetensors").samefile(state / "actor.safetensors")
+    assert Tokenizer.load(state).size == Tokenizer.load(mini / "student").size
+    shutil.copytree(state, tmp_path / "elsewhere")  # a copy stands alone
+    assert load_decoder(tmp_path / "elsewhere")
+
+
+def test_a_state_is_a_model_on_a_disk_without_hard_links(mini, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", refuse)
+    run_mini(mini, tmp_path / "run", "--phase", "sft", "--epochs", "0.34")
+    assert load_decoder(states(tmp_path / "run")[-1])
+
+
+def test_a_run_that_is_not_done_stands_for_its_newest_state_and_says_which(
+    mini, tmp_path, capfd
+):
+    run_mini(mini, tmp_path / "run", "--phase", "sft", "--epochs", "0.67")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    expected = load_decoder(states(tmp_path / "run")[-1]).state_dict()
+    got = load_decoder(tmp_path / "run").state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert "run is unfinished: step 2 of 2" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "state")
+    with pytest.raises(FileNotFoundError, match="a run without a result or a state"):
+        load_decoder(tmp_path / "run")
+
+
+def test_a_run_that_goes_on_has_no_result_until_it_is_done_again(mini, tmp_path):
+    flags = ["--phase", "dgpo", "--steps"]
+    run_mini(mini, tmp_path / "run", *flags, "1")
+    run_mini(mini, tmp_path / "other", *flags, "2")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    run = Run(TrainSettings(**{**settings, "resume": True, "steps": 2}), 0, 1, torch.device("cpu"))
+    run.prepare_folder()
+    student = load_decoder(tmp_path / "run")
+    run.start(2, 4, {"actor": student, "critic": Critic.from_decoder(student)})
+    assert run.steps_done == 1 and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ---- a schedule ----
@@ -190,6 +410,36 @@ def test_a_launchers_signal_does_not_end_a_process_that_is_about_to_say_what_wen
         assert "SIGTERM" in capsys.readouterr().err
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# ---- several processes of one command ----
+
+
+def failed(exitcode: int) -> ChildFailedError:
+    return ChildFailedError("train.py", {1: ProcessFailure(1, 7, exitcode, "")})
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "said"),
+    [
+        (SignalException("", signal.SIGTERM), 128 + signal.SIGTERM, ""),
+        (failed(-signal.SIGKILL), 1, "process 1 of 3 was ended by SIGKILL"),
+        (failed(3), 3, ""),
+    ],
+    ids=["stopped", "killed", "failed"],
+)
+def test_several_processes_end_with_what_the_first_failed_one_says(
+    monkeypatch, capsys, ended, status, said
+):
+    def launch(arguments: list[str]) -> None:
+        assert arguments[1:5] == ["--nproc-per-node", "3", "--shutdown-timeout", "120"]
+        raise ended
+
+    monkeypatch.setattr(logging, "disable", lambda _: None)
+    monkeypatch.setattr(torch.distributed.run, "main", launch)
+    with pytest.raises(SystemExit) as caught:
+        start_several(3, timeout_minutes=2.0)
+    assert caught.value.code == status and said in capsys.readouterr().err
 
 
 # ---- updates, in one process ----

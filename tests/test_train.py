@@ -14,7 +14,7 @@ import torch
 import train
 from batch import collate
 from episode import Episode, load_episodes
-from infra import checkpoint, config
+from infra import checkpoint, cli
 from infra.checkpoint import states
 from infra.run import Stop
 from model import Tokenizer, load_decoder, save_decoder
@@ -37,8 +37,10 @@ def test_every_phase_runs_and_leaves_a_loadable_model_metrics_times_and_settings
 ):
     rows = run(mini, tmp_path / "run", "--phase", phase)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 3
-    values = [value for row in rows for value in row.values()]
-    assert all(isinstance(value, float | int) and value == value for value in values)
+    for name, value in (item for row in rows for item in row.items()):
+        # PPO starts at its guide, and every score is 0: there is nothing to be explained.
+        is_null = value is None and (phase, name) == ("ppo", "rollout/explained_variance")
+        assert is_null or isinstance(value, float | int) and value == value
     assert "eval/score" in rows[1] and "eval/reward" not in rows[1]
     assert not any("second" in key for key in rows[0])  # times stand in perf.jsonl
     assert load_decoder(tmp_path / "run").config.hidden_size == 16
@@ -55,7 +57,7 @@ def test_a_resumed_run_writes_the_same_metrics_as_an_uninterrupted_one(
     mini, tmp_path, phase, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "NUM_KEPT", 99)
-    flags = ["--phase", phase, *(["--epochs", "1.34"] if phase in DISTIL else [])]
+    flags = ["--phase", phase, *(["--epochs", "1.34"] if phase in {*DISTIL} - {"gkd"} else [])]
     rows = run(mini, tmp_path / "run", *flags)
     for state in states(tmp_path / "run")[2:]:
         shutil.rmtree(state)  # as if it had ended after step 2; later lines of the log are cut
@@ -123,7 +125,7 @@ def test_a_teacher_without_a_correct_episode_is_an_error_that_says_so(mini, tmp_
 
 def test_sft_without_episodes_says_where_they_come_from(mini, tmp_path):
     absent = ["--episodes", str(tmp_path / "absent")]
-    with pytest.raises(ValueError, match="absent, which is not there.*--phase episodes"):
+    with pytest.raises(OSError, match="absent, which is not there.*--phase episodes"):
         run(mini, tmp_path / "run", "--phase", "sft", *absent)
 
 
@@ -211,7 +213,7 @@ def test_presets_of_the_papers_pairs_begin_where_they_say(pair, flags, student):
     if flags[0].startswith("configs"):
         presets, flags = [*presets, str(ROOT / flags[0])], []
     argv = ["--config", *presets, *flags]
-    settings = config.load(TrainSettings, argv, prog="train.py", description="")
+    settings = cli.load(TrainSettings, argv, prog="train.py", description="")
     own = re.search('^student = "(.*)"', path.read_text(), re.MULTILINE)[1]
     assert settings.student == (student or own)
     assert settings.max_turns == 4 and settings.beta == 0.001
@@ -282,7 +284,7 @@ def test_a_step_that_needs_more_questions_than_there_are_is_refused_by_name(
     mini, tmp_path, phase, flag
 ):
     """It used to take those that there are, so that the step was shorter than the settings say."""
-    with pytest.raises(ValueError, match=f"questions.jsonl: got 22 .*23.*--{flag}"):
+    with pytest.raises(ValueError, match=f"questions.jsonl: got 24 .*23 others.*--{flag}"):
         run(mini, tmp_path / "run", "--phase", phase, f"--{flag}", "23")
 
 
@@ -308,7 +310,8 @@ def test_questions_that_ask_for_another_comparison_of_answers_are_refused(mini, 
         run(mini, tmp_path / "run", "--phase", "ppo", "--questions", str(tmp_path / "sums.jsonl"))
 
 
-def test_a_reward_for_a_phase_that_pays_nothing_is_refused(mini, tmp_path):
+def test_a_reward_for_a_phase_that_pays_nothing_is_refused(mini, tmp_path, capsys):
     for phase in ("episodes", "sft", "kd", "gkd"):
-        with pytest.raises(ValueError, match=f"--reward r.py:f: got it for phase {phase}"):
+        with pytest.raises(SystemExit):
             run(mini, tmp_path / "run", "--phase", phase, "--reward", "r.py:f")
+        assert f"--reward: got it for phase {phase}" in capsys.readouterr().err

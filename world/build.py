@@ -52,6 +52,7 @@ from typing import Any
 import torch
 
 from episode import SEARCH_R1
+from infra.cli import Parser, reporting
 from model import Tokenizer, load_decoder, save_decoder
 from qagent import QAGENT
 from retriever import Retriever
@@ -179,7 +180,7 @@ def query_hit_rates(seed: int = SEED) -> None:
                     queries.append(query(wording, target, question, rng))
                 results = retriever.search(queries, TOP_K)
                 hits = [
-                    title in {passage.title for passage in passages}
+                    title in {passage.name for passage in passages}
                     for title, passages in zip(titles, results, strict=True)
                 ]
                 rates.append(f"{wording} {sum(hits) / len(hits):.3f}")
@@ -323,8 +324,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
 }
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def argument_parser() -> Parser:
+    parser = Parser(
         "python -m world.build",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -338,4 +339,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("world.build"):
+        main()

@@ -6,7 +6,6 @@ A row of a gold file has id, question, golden_answers and context [{title, text,
 Rows without a supporting paragraph and rows of another split are left out.
 """
 
-import argparse
 import json
 import sys
 import zlib
@@ -16,6 +15,8 @@ from typing import Any
 
 from data import Passage
 from episode import SEARCH_R1
+from infra.cli import Parser, reporting
+from infra.programs import count
 
 
 def demonstration(row: dict[str, Any], num_passages: int) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def demonstration(row: dict[str, Any], num_passages: int) -> dict[str, Any]:
             thought, query = f"I still need to know about {title}.", title
         block = others[number * num_others : (number + 1) * num_others]
         block.insert((first_place + number) % (len(block) + 1), paragraph)
-        passages = [Passage("", shown["title"], shown["text"], 0.0) for shown in block]
+        passages = [Passage("", f'"{shown["title"]}"', shown["text"], 0.0) for shown in block]
         text = f"<think> {thought} </think>\n<search> {query} </search>"
         segments.append({"author": "agent", "text": text})
         segments.append({"author": "environment", "text": SEARCH_R1.observation(passages)})
@@ -75,9 +76,9 @@ def read_demonstrations(path: Path, *, split: str, num_passages: int) -> list[di
     return demonstrations
 
 
-def argument_parser() -> argparse.ArgumentParser:
+def argument_parser() -> Parser:
     summary = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser("python -m world.demonstrate", description=summary)
+    parser = Parser("python -m world.demonstrate", description=summary)
     parser.add_argument(
         "--gold",
         nargs="+",
@@ -89,15 +90,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", default="train", help="the split whose rows are kept (default train)"
     )
-    parser.add_argument("--passages", type=int, default=3, help="paragraphs in a block (default 3)")
+    parser.add_argument(
+        "--passages", type=count, default=3, help="paragraphs in a block (default 3)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argument_parser()
-    options = parser.parse_args(argv)
-    if options.passages < 1:
-        parser.error(f"--passages: got {options.passages}, expected at least 1")
+    options = argument_parser().parse_args(argv)
     demonstrations = []
     for path in options.gold:
         demonstrations += read_demonstrations(
@@ -109,4 +109,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("world.demonstrate"):
+        main()

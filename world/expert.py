@@ -81,7 +81,7 @@ def note(relation: str, kind: str, name: str, value: str) -> str:
 
 def quote(passage: Passage) -> str:
     """The passage in the form in which QAgent's protocol and its generators show it."""
-    return f"{passage.title}\n{passage.text}"
+    return f"{passage.name}\n{passage.text}"
 
 
 def query(wording: str, target: Target, question: str, rng: random.Random) -> str:
@@ -153,7 +153,7 @@ class Expert:
             queries = self._draw_queries(wordings, target)
             passages = yield Request(self._search_text(queries), queries)
             self.num_searches += 1
-            sources = [Source(self.entities[passage.title], passage) for passage in passages]
+            sources = [Source(self.entities[passage.name], passage) for passage in passages]
             for source in sources:
                 if source.entity.name == target.name and source.entity.kind == target.kind:
                     return source

@@ -232,7 +232,7 @@ def reading_rows(num_questions: int, num_worlds: int) -> list[dict[str, Any]]:
         rng.shuffle(world.questions)
         corpus = world.retriever.corpus
         passages = (corpus.passage(number, 0.0) for number in range(len(corpus)))
-        shelf = {passage.title: passage for passage in passages}
+        shelf = {passage.name: passage for passage in passages}
         for row in world.questions:
             shown = passages_for(row, world, shelf, rng)
             rows.append(reading_row(row, shown, world.entities, tokenizer))
@@ -261,7 +261,7 @@ def passages_for(
         results = world.retriever.search(queries, TOP_K)
     passages = unique_passages(results)
     for title, _ in hops:
-        if title not in {passage.title for passage in passages} and rng.random() < 0.7:
+        if title not in {passage.name for passage in passages} and rng.random() < 0.7:
             passages.insert(rng.randint(0, len(passages)), shelf[title])
     if rng.random() < 0.5:
         rng.shuffle(passages)
@@ -275,7 +275,7 @@ def reading_row(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """A generator's prompt with these passages, and the answer that it should give."""
-    shown = {passage.title: passage for passage in passages}
+    shown = {passage.name: passage for passage in passages}
     lines, answer = [], row["golden_answers"][0]
     for title, relation in row["metadata"]["hops"]:
         entity = entities[title]

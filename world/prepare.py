@@ -3,16 +3,15 @@
     python data.py prepare --flashrag DIR --out DIR   # DIR/nq/test.jsonl ... -> OUT/nq.jsonl ...
 """
 
-import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import TEST_SETS, parse_question
-from infra.files import read_rows
+from formats.questions import read_question_rows
+from infra.cli import Parser, reporting
 
 TRAIN_SETS = {"nq": 79_168, "hotpotqa": 90_447}  # published numbers of rows (paper Table 9)
 TEST_SPLITS = ("test", "dev", "train")  # the first of these that a set has
@@ -42,11 +41,11 @@ def convert(files: list[Path], target: Path, *, drop: str) -> int:
     partial, ids = target.with_name(target.name + ".partial"), set[str]()
     with partial.open("w", encoding="utf-8", newline="\n") as output:
         for file in files:
-            rows = tqdm(read_rows(file), f"{file.parent.name} {file.stem}", unit=" rows",
+            rows = tqdm(read_question_rows(file), f"{file.parent.name} {file.stem}", unit=" rows",
                         leave=False)
-            for number, row in rows:
-                where, row["dataset"] = f"{file}:{number}", file.parent.name
-                row["id"] = parse_question(row, "", f"{file.stem}_{number - 1}", where).id
+            for number, (where, row) in enumerate(rows):
+                row["dataset"] = file.parent.name
+                row["id"] = parse_question(row, "", f"{file.stem}_{number}", where).id
                 if row["id"] in ids:
                     raise ValueError(f"{where}: got id {row['id']} again, expected unique ids")
                 ids.add(row["id"])
@@ -57,12 +56,13 @@ def convert(files: list[Path], target: Path, *, drop: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("data.py", description=__doc__.split("\n")[0])
+    parser = Parser("data.py", description=__doc__.split("\n")[0],
+                    usage="data.py prepare --flashrag DIR --out DIR")
     parser.add_argument("command", choices=["prepare"], help="make training mix and test files")
-    parser.add_argument("--flashrag", type=Path, required=True, help="folder with nq/, popqa/ ...")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the eight files")
+    parser.add_argument("--flashrag", type=Path, required=True, metavar="DIR",
+                        help="folder with nq/, popqa/ ...")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="folder for the eight files")
     options = parser.parse_args()
-    try:
+    with reporting("data.py"):
         prepare(options.flashrag, options.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
