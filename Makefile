@@ -13,7 +13,7 @@ FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test faults lint demo reproduce reproduce-bard reproduce-qagent world clean
+.PHONY: help setup test faults mutants lint demo reproduce reproduce-bard reproduce-qagent world clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
 faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (ten minutes)
 	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" \
 	  tests/test_faults.py tests/test_hostile.py tests/test_parallel.py $(ARGS)
+
+mutants: $(STAMP) ## break the project in small ways; a test must notice each (ARGS="--only FILE")
+	$(PY) tests/mutants.py $(ARGS)
 
 lint: $(STAMP)    ## check style with ruff
 	$(PY) -m ruff check .
