@@ -53,7 +53,7 @@ def train(run: Run, settings: TrainSettings) -> None:
         is_made = find_made(run, settings.episodes, settings, takes_any=phase == "sft")
     if phase == "episodes" and is_made:
         return None
-    from infra.named import load_scorer  # here, because most runs pay for exact match
+    from infra.named import load_scorer  # here, so that `import train` is small
     own = phase in REINFORCE and settings.reward
     task = Task(load_scorer(settings.reward, "--reward") if own else None)
     session = open_session(settings, run.device, task,
