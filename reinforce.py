@@ -14,7 +14,7 @@ from batch import Batch, Packed, collate, pack, response_rows
 from episode import Episode, episode_text
 from infra.parallel import means, micro_batches, row_weights, shuffled, sum_over_processes
 from infra.run import Run, warm_up
-from kernels import head_logprobs
+from kernels import head_divergence, head_logprobs
 from model import Critic
 from rollout import Policy
 from sampling import episode_metrics, play, validate
@@ -26,6 +26,9 @@ class Models(NamedTuple):
     actor: Policy
     critic: Critic | None  # None: GRPO
     guide: Policy | None  # the teacher, or the initial policy; None: no KL
+
+
+GuideRows = dict[int, Tensor]  # guided episode -> hidden states of its n response tokens [n, D]
 
 
 class Tokens(NamedTuple):
@@ -46,8 +49,7 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
     if critic is not None:
         networks["critic"] = critic
     group_size = settings.group_size
-    num_questions = settings.prompts_per_step // group_size  # of complete groups
-    num_episodes = num_questions * group_size
+    num_questions = settings.episodes_per_step // group_size
     export = partial(save_policy, student, run.dir)
     # Questions count, not episodes: those of a group succeed and fail together.
     watch = partial(run.stop_if_collapsed, student.decoder, export, num_questions,
@@ -57,14 +59,15 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
     for step in run.steps():
         # 1. rollout: this process's share of the step's questions
         with run.timed("rollout_s"):
-            episodes, offset = play(run, settings, student, session, task, step, num_episodes)
+            episodes, offset = play(
+                run, settings, student, session, task, step, settings.episodes_per_step)
         # 2. score: Eq. 3, or the task's reward; the guide scores tokens where Eq. 4 needs it
         batch = collate(episodes, pad_id=student.tokenizer.pad_id).to(run.device)
         rewards = task.reward(episodes) if task.reward else [e.score for e in episodes]
         scores = torch.tensor(rewards, device=run.device)  # [B]
         guided = dgpo.guided_episodes(scores, settings.kl_where)  # [B]
         with run.timed("score_s"):
-            tokens = score_tokens(models, batch, guided.tolist(), settings)
+            tokens, guide_rows = score_tokens(models, batch, guided.tolist(), settings)
         # 3. rewards and advantages: Eq. 4, then GRPO's, or GAE's whitened over all processes
         mask = batch.response_mask
         rewards = dgpo.kl_rewards(
@@ -93,7 +96,7 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
         # 4. updates: Eq. 2 and the critic, one global mini-batch at a time
         with run.timed("update_s"):
             losses, num_tokens, passes = learn(
-                run, settings, models, batch, tokens, step, offset, num_episodes)
+                run, settings, models, batch, tokens, guide_rows, step, offset)
         # 5. log, validate, save
         metrics |= losses | validate(run, settings, student, session, task, step + 1)
         run.log(step + 1, metrics, num_tokens=num_tokens, passes=passes)
@@ -102,23 +105,28 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
     run.finish(student.decoder, export)
 
 
-def token_logprobs(policy: Policy, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token at the temperature that sampled it."""
-    rows = response_rows(policy.decoder, packed)
+def token_logprobs(policy: Policy, packed: Packed, hidden: Tensor,
+                   temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token at the temperature that sampled it.
+
+    hidden [N, D]: response_rows of the policy.
+    """
     targets = packed.ids[packed.response_mask]
-    return head_logprobs(rows, policy.head, targets, temperature=temperature)
+    return head_logprobs(hidden, policy.head, targets, temperature=temperature)
 
 
 @torch.no_grad()
 def score_tokens(models: Models, batch: Batch, guided: list[bool],
-                 settings: TrainSettings) -> Tokens:
+                 settings: TrainSettings) -> tuple[Tokens, GuideRows]:
     """old_logprobs, old_values and guide_logprobs of a step; the advantages are still missing."""
+    guide_rows: GuideRows = {}
     old_logprobs, values = torch.zeros(2, *batch.ids.shape, device=batch.ids.device)
     guide_logprobs = torch.full_like(values, torch.nan)
     mask, lengths = batch.response_mask, batch.lengths()
     for group in micro_batches(lengths, settings.micro_batch_tokens):
         packed = pack(batch, group, lengths)
-        old, _ = token_logprobs(models.actor, packed, settings.temperature)
+        hidden = response_rows(models.actor.decoder, packed)
+        old, _ = token_logprobs(models.actor, packed, hidden, settings.temperature)
         old_logprobs[group] = spread(old, mask[group])
         if models.critic is not None:
             values_of_pass = models.critic.values(packed.ids, packed.documents)
@@ -126,9 +134,13 @@ def score_tokens(models: Models, batch: Batch, guided: list[bool],
     rows = [i for i, is_guided in enumerate(guided) if is_guided and models.guide is not None]
     for group in micro_batches(lengths, settings.micro_batch_tokens, rows):
         packed = pack(batch, group, lengths)
-        logprobs, _ = token_logprobs(models.guide, packed, settings.temperature)
+        hidden = response_rows(models.guide.decoder, packed)
+        logprobs, _ = token_logprobs(models.guide, packed, hidden, settings.temperature)
         guide_logprobs[group] = spread(logprobs, mask[group])
-    return Tokens(old_logprobs, guide_logprobs, values, advantages=values, returns=values)
+        if settings.kl_in == "exact":
+            guide_rows |= zip(group, hidden.split(mask[group].sum(1).tolist()), strict=True)
+    tokens = Tokens(old_logprobs, guide_logprobs, values, advantages=values, returns=values)
+    return tokens, guide_rows
 
 
 def spread(x: Tensor, mask: Tensor) -> Tensor:
@@ -184,14 +196,16 @@ def learning_rates(settings: TrainSettings, step: int, has_critic: bool) -> dict
 
 
 def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, tokens: Tokens,
-          step: int, offset: int, num_episodes: int) -> tuple[dict[str, float], float, int]:
+          guide_rows: GuideRows, step: int,
+          offset: int) -> tuple[dict[str, float], float, int]:
     """The updates of a step: (metrics, response tokens, passes of this process).
 
-    offset: the number of this process's first episode among the num_episodes of all processes.
+    offset: the number of this process's first episode among the episodes of all processes.
     """
     from infra.guards import check_first_ratio  # here, because `import train` should load little
     mask, lengths = batch.response_mask, batch.lengths()
     rates = learning_rates(settings, step, models.critic is not None)
+    num_episodes = settings.episodes_per_step
     num_minibatches = max(1, round(num_episodes / settings.minibatch_size))
     passes: list[dict[str, Tensor]] = []  # sums over the tokens of each
     norms, first_gap, total_tokens = {}, 0.0, 0.0
@@ -207,8 +221,9 @@ def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, token
                 numbers = Tokens(*(x[group][mask[group]] for x in tokens))  # [N]
                 weights = (1.0 if settings.mean_over == "token" else
                            row_weights(mask[group], num_tokens, num_rows))  # [N]
-                sums, gap = backward(models, pack(batch, group, lengths), numbers, weights,
-                                     num_tokens, settings, trains_actor="actor" in rates)
+                of_guide = [guide_rows[i] for i in group if i in guide_rows and mask[i].any()]
+                sums, gap = backward(models, pack(batch, group, lengths), numbers, of_guide,
+                                     weights, num_tokens, settings, trains_actor="actor" in rates)
                 passes.append(sums)
                 if epoch == k == 0:
                     first_gap = max(first_gap, gap.item())
@@ -226,8 +241,8 @@ def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, token
     return metrics, total_tokens / settings.ppo_epochs, len(passes)
 
 
-def backward(models: Models, packed: Packed, tokens: Tokens, weights: Tensor | float,
-             num_tokens: float, settings: TrainSettings, *,
+def backward(models: Models, packed: Packed, tokens: Tokens, guide_rows: list[Tensor],
+             weights: Tensor | float, num_tokens: float, settings: TrainSettings, *,
              trains_actor: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Add the gradients of a pass; returns (sums over its tokens, largest log ratio)."""
     mask = torch.ones_like(tokens.advantages, dtype=torch.bool)  # [N], all are response tokens
@@ -239,9 +254,9 @@ def backward(models: Models, packed: Packed, tokens: Tokens, weights: Tensor | f
         (of_critic.loss / num_tokens).backward()
         sums |= {"value_loss": of_critic.loss.detach(), "value_clip": of_critic.clip_frac}
     if trains_actor:
-        logprobs, entropy = token_logprobs(models.actor, packed, settings.temperature)
-        penalty = None
-        if settings.kl_in != "reward" and settings.beta != 0:
+        hidden, penalty = response_rows(models.actor.decoder, packed), None
+        logprobs, entropy = token_logprobs(models.actor, packed, hidden, settings.temperature)
+        if settings.kl_in in ("loss", "loss_k2") and settings.beta != 0:
             kind = "k3" if settings.kl_in == "loss" else "k2"
             kl = dgpo.kl_penalty(logprobs, tokens.guide_logprobs, mask, kind=kind)
             penalty = settings.beta * kl
@@ -249,6 +264,15 @@ def backward(models: Models, packed: Packed, tokens: Tokens, weights: Tensor | f
             logprobs, tokens.old_logprobs, tokens.advantages, mask, clip_eps=settings.clip_eps,
             entropy=entropy, entropy_weight=settings.entropy_weight, penalty=penalty)
         loss = (weights * of_actor.terms).sum()
+        if settings.kl_in == "exact":
+            sums["guide_kl"] = torch.zeros_like(loss)
+        if guide_rows:  # Eq. 4's KL: its sum over the guided tokens, divided by those of all
+            guided = ~tokens.guide_logprobs.isnan()  # [N]
+            targets = packed.ids[packed.response_mask][guided]
+            kl, _ = head_divergence(
+                dgpo.exact_kl, hidden[guided], models.actor.head, torch.cat(guide_rows),
+                models.guide.head, targets, temperature=settings.temperature)
+            loss, sums["guide_kl"] = loss + settings.guide_weight * kl, kl.detach()
         (loss / num_tokens).backward()
         sums |= {"policy_loss": loss.detach(), "clip_frac": of_actor.clip_frac,
                  "approx_kl": of_actor.approx_kl, "entropy": entropy.detach().sum()}

@@ -61,12 +61,13 @@ class TrainSettings(RolloutSettings, RunSettings):
     critic_only_steps: int = setting(0, "first steps of the critic alone", when="advantage gae")
     reward: str = setting("", "function that pays for episodes; empty: exact match (Eq. 3)",
                           reads="FILE.py:NAME", of="ppo grpo dgpo")
-    beta: float = setting(0.001, "beta of Eq. 4", when="kl_where wrong all")
+    beta: float = setting(0.001, "beta of Eq. 4", when="kl_in reward loss loss_k2")
     kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, else all",
                             choices=("", "wrong", "all", "none"))
-    kl_in: str = setting("reward", "Eq. 4's KL: a reward (PPO), k3 in the loss (GRPO's paper), k2 "
-                         "there (Eq. 4's gradient)", choices=("reward", "loss", "loss_k2"),
-                         when="kl_where wrong all")
+    kl_in: str = setting("reward", "Eq. 4's KL: a reward (PPO); k3 in the loss (GRPO's paper); k2 "
+                         "there; there, exact in each state", when="kl_where wrong all",
+                         choices=("reward", "loss", "loss_k2", "exact"))
+    guide_weight: float = setting(1.0, "of the exact KL, in place of beta", when="kl_in exact")
     mean_over: str = setting("token", "the policy's loss is a mean over tokens, or episodes' means",
                              choices=("token", "episode"))
     advantage: str = setting("", "group: as GRPO's; empty: by phase", choices=("", "gae", "group"))
@@ -76,6 +77,11 @@ class TrainSettings(RolloutSettings, RunSettings):
     clip_eps: float = setting(0.2, "epsilon of Eq. 2", above=0)
     value_clip_eps: float = setting(0.5, "of the critic's change", above=0, when="advantage gae")
     entropy_weight: float = setting(0.001, "weight of the entropy bonus")
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Episodes of complete groups in a step of reinforcement."""
+        return self.prompts_per_step // self.group_size * self.group_size
 
 
 def with_defaults(settings: TrainSettings, *, reinforces: bool | None = None) -> TrainSettings:

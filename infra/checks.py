@@ -17,6 +17,8 @@ def check_together(settings: Any, distance: str, *, reinforces: bool, is_grouped
         ("until_score", s.until_score > 0 and not s.eval_every, "it is a score of a validation; "
          "give --eval-every, or drop it"),
         ("temperature", reinforces and s.temperature == 0, "reinforcement needs more than 0"),
+        ("mean_over", reinforces and (s.mean_over, s.kl_in) == ("episode", "exact"),
+         "--kl-in exact is a mean over tokens; give --mean-over token, or another --kl-in"),
         ("top_p", reinforces and s.top_p != 1, "reinforcement needs 1: it scores any token"),
         ("group_size", is_grouped and not 2 <= s.group_size <= s.prompts_per_step, "expected at "
          f"least 2, and at most --prompts-per-step ({s.prompts_per_step}), which counts episodes"))

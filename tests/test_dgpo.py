@@ -224,6 +224,48 @@ def test_k1_summed_over_tokens_is_the_kl_of_whole_sequences_by_exact_enumeration
     assert estimate.item() == pytest.approx(exact.item(), abs=FP32)
 
 
+def test_exact_kl_by_hand():
+    """KL(student || guide), not the other one: at temperature 2 both have square roots."""
+    student, guide = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.5, 0.4, 0.1]])
+    for temperature in (1.0, 2.0):
+        p, q = (x[0].double().pow(1 / temperature) for x in (student, guide))
+        p, q = p / p.sum(), q / q.sum()
+        kl, reported = dgpo.exact_kl(student.log(), guide.log() + 3.0, temperature=temperature)
+        assert kl.item() == pytest.approx((p * (p / q).log()).sum().item(), abs=FP32)
+        assert reported.tolist() == kl.tolist()
+    assert dgpo.exact_kl(student, student + 1.0)[0].item() == pytest.approx(0.0, abs=FP32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_kl_has_the_gradient_of_its_state_and_rewards_have_the_one_of_the_future_as_well(
+    seed,
+):
+    """Two tokens, all sequences enumerated, against the gradient of the sequences' KL in float64.
+
+    That is exact_kl's over the states visited, and what the first token is paid for the second's.
+    """
+    tables = [1.5 * random_logits(2, *shape, seed=seed).double() for shape in ((3,), (3, 3))]
+    (first, first_guide), (second, second_guide) = tables
+    leaves = [first.clone().requires_grad_(), second.clone().requires_grad_()]
+    log_first, log_second = (leaf.log_softmax(-1) for leaf in leaves)
+    gap_first = log_first - first_guide.log_softmax(-1)
+    gap_second = log_second - second_guide.log_softmax(-1)  # [3, 3]
+    joint = (log_first[:, None] + log_second).exp()
+    (joint * (gap_first[:, None] + gap_second)).sum().backward()
+    visits = log_first.detach().exp()  # how often each second state is visited
+    states = [first.float().requires_grad_(), second.float().requires_grad_()]
+    exact = dgpo.exact_kl(states[0][None], first_guide[None])[0].sum()
+    exact = exact + (visits * dgpo.exact_kl(states[1], second_guide)[0]).sum()
+    exact.backward()
+    # The last token has no future, so both agree there.
+    torch.testing.assert_close(states[1].grad.double(), leaves[1].grad, atol=FP32, rtol=0)
+    future = (log_second.exp() * gap_second).sum(-1).detach()  # KL of each second state
+    of_future = visits * (future - (visits * future).sum())  # of sum pi(v) KL(v)
+    torch.testing.assert_close(
+        states[0].grad.double() + of_future, leaves[0].grad, atol=FP32, rtol=0)
+    assert of_future.abs().max() > 0.01
+
+
 def test_last_token_is_the_last_response_token_not_the_last_token():
     mask = torch.tensor([[False, True, True, False, True, False], [False] * 6])
     assert dgpo.last_token(mask).tolist() == [[False] * 4 + [True, False], [False] * 6]

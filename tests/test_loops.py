@@ -98,8 +98,8 @@ RULES = {
     "critic_only_steps": 0, "beta": 0.3, "gamma": 0.9, "gae_lambda": 0.8, "clip_eps": 0.1,
     "value_clip_eps": 0.05, "entropy_weight": 0.05, "weight_decay": 0.5, "grad_clip": 0.4,
     "advantage": "gae", "group_size": 2, "kl_where": "all", "kl_in": "reward",
-    "mean_over": "token", "micro_batch_tokens": 300, "eval_every": 2, "save_every": 0,
-    "temperature": 0.9, **OF_DISTILLATION,
+    "guide_weight": 0.7, "mean_over": "token", "micro_batch_tokens": 300, "eval_every": 2,
+    "save_every": 0, "temperature": 0.9, **OF_DISTILLATION,
 }  # fmt: skip
 CASES = {
     "ppo": ("ppo", "student", {"steps": 3}),  # the third begins another epoch
@@ -113,6 +113,15 @@ CASES = {
     "dgpo in groups": (
         "dgpo", "teacher", {"advantage": "group", "kl_where": "wrong", "kl_in": "loss",
                            "temperature": 1.0}),
+    # At lower rates: an exact KL soon teaches the student when the teacher's turns end.
+    "dgpo, exact": (
+        "dgpo", "teacher", {"kl_where": "wrong", "kl_in": "exact", "actor_lr": 0.001}),
+    "dgpo, exact, uniform": (
+        "dgpo", "teacher", {"kl_in": "exact", "guide_weight": 2.0, "actor_lr": 0.001,
+                           "micro_batch_tokens": 10**6}),
+    "dgpo in groups, exact": (
+        "dgpo", "teacher", {"advantage": "group", "kl_where": "wrong", "kl_in": "exact",
+                           "actor_lr": 0.001}),
 }  # fmt: skip
 
 
@@ -398,9 +407,10 @@ DEFAULTS = {
     "taid_beta": 0.99, "until_score": 0.0, "steps": 1000, "prompts_per_step": 512,
     "minibatch_size": 256, "ppo_epochs": 1, "actor_lr": 1e-6, "critic_lr": 1e-5,
     "actor_warmup_steps": None, "critic_warmup_steps": None, "critic_only_steps": 0, "beta": 0.001,
-    "kl_in": "reward", "mean_over": "token", "group_size": 5, "gamma": 1.0, "gae_lambda": 1.0,
-    "clip_eps": 0.2, "value_clip_eps": 0.5, "entropy_weight": 0.001, "val_size": 256,
-    "weight_decay": 0.01, "grad_clip": 1.0, "eval_every": 50, "save_every": 50, "seed": 0,
+    "kl_in": "reward", "guide_weight": 1.0, "mean_over": "token", "group_size": 5, "gamma": 1.0,
+    "gae_lambda": 1.0, "clip_eps": 0.2, "value_clip_eps": 0.5, "entropy_weight": 0.001,
+    "val_size": 256, "weight_decay": 0.01, "grad_clip": 1.0, "eval_every": 50, "save_every": 50,
+    "seed": 0,
     "max_turns": 4, "top_k": 3, "max_new_tokens": 500, "max_obs_tokens": 500,
     "max_context_tokens": 4096, "temperature": 1.0, "top_p": 1.0, "prompt": "paper",
     "protocol": "search-r1", "num_episode_questions": 0, "teacher_dtype": "float32",
@@ -502,6 +512,7 @@ def check_rewards(numbers: dict, row: dict, episodes: list[Episode], size: int) 
 @pytest.mark.parametrize("changes", [
     {"kl_where": "all", "group_size": 2, "seed": 8},
     {"kl_where": "wrong", "group_size": 2, "seed": 8},
+    {"kl_where": "all", "group_size": 2, "seed": 8, "kl_in": "exact", "actor_lr": 0.001},
     {"kl_where": "none"}])
 def test_bard_rl_learns_by_hand_from_its_reward_its_budgets_and_its_report(
     mini, tmp_path, monkeypatch, scores, changes

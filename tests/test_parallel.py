@@ -161,12 +161,13 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "sharded"), [("kd", "all"), ("dgpo", "all"), ("ppo", "student")])
+@pytest.mark.parametrize(("phase", "sharded", "more"), [
+    ("kd", "all", ["--epochs", "1"]), ("dgpo", "all", ["--steps", "3"]),
+    ("dgpo", "all", ["--steps", "3", "--kl-in", "exact"]), ("ppo", "student", ["--steps", "3"])])
 def test_sharded_training_computes_what_one_process_computes_and_another_number_continues(
-    mini, tmp_path, phase, sharded
+    mini, tmp_path, phase, sharded, more
 ):
-    length = ["--epochs", "1"] if phase == "kd" else ["--steps", "3"]
-    flags = ["--phase", phase, *length, "--eval-every", "2"]
+    flags = ["--phase", phase, *more, "--eval-every", "2"]
 
     def train_with_two(folder: Path, *more: str) -> str:
         command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", folder, *flags]

@@ -54,7 +54,7 @@ def test_token_scores_do_not_depend_on_micro_batches_and_unguided_rows_hold_nan(
     guided = torch.tensor([i % 3 == 0 for i in range(len(episodes))])
     models, mask = Models(student, critic, teacher), batch.response_mask
     first, *others = (
-        score_tokens(models, batch, guided.tolist(), TrainSettings(micro_batch_tokens=n))
+        score_tokens(models, batch, guided.tolist(), TrainSettings(micro_batch_tokens=n))[0]
         for n in (1, 300, 10**6)
     )
     for other in others:
@@ -77,8 +77,8 @@ def test_a_policy_that_is_not_the_one_that_acted_stops_the_run(mini, tmp_path, m
     real = reinforce.score_tokens
 
     def off(*arguments):
-        tokens = real(*arguments)
-        return tokens._replace(old_logprobs=tokens.old_logprobs + 0.01)
+        tokens, guide_rows = real(*arguments)
+        return tokens._replace(old_logprobs=tokens.old_logprobs + 0.01), guide_rows
 
     monkeypatch.setattr(reinforce, "score_tokens", off)
     with pytest.raises(Stop, match="log ratio 0.0.* before the first update of step 1, expected"):
@@ -123,7 +123,7 @@ def test_l2_tokens_are_scored_at_the_temperature_that_sampled_them(mini, tempera
     episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")[:5]
     batch = collate(episodes, pad_id=student.tokenizer.pad_id)
     settings = TrainSettings(temperature=temperature)
-    tokens = score_tokens(Models(student, None, teacher), batch, [True] * 5, settings)
+    tokens, _ = score_tokens(Models(student, None, teacher), batch, [True] * 5, settings)
     mask, size = batch.response_mask, student.tokenizer.size
     for policy, got in ((student, tokens.old_logprobs), (teacher, tokens.guide_logprobs)):
         logits = policy.decoder(batch.ids)[:, :-1, :size] / temperature
@@ -211,6 +211,33 @@ def test_a_kl_in_the_loss_is_not_in_the_reward_as_well(mini, tmp_path, monkeypat
         assert not paid.any()  # every episode is wrong, so all that could be paid is the KL
         assert all(options["penalty"].abs().max() > 0 for _, options, _ in penalty.calls)
         rewards.calls.clear(), penalty.calls.clear(), kinds.calls.clear()
+
+
+def test_an_exact_kl_is_of_guided_episodes_and_in_no_reward(mini, tmp_path, monkeypatch):
+    right_every_other_time(monkeypatch)
+    rewards, loss = Spy(monkeypatch, dgpo, "kl_rewards"), Spy(monkeypatch, dgpo, "policy_loss")
+    exact = Spy(monkeypatch, dgpo, "exact_kl")
+    flags = ["--phase", "dgpo", "--kl-in", "exact", "--steps", "1", *MINI]
+    [row] = run(mini, tmp_path / "run", *flags)
+    [((scores, _, guide, mask), options, paid)] = rewards.calls
+    assert options["where"] == "none" and paid.sum() == scores.sum()
+    assert all(options["penalty"] is None for _, options, _ in loss.calls)
+    kl = torch.cat([reported for _, _, (_, reported) in exact.calls])
+    guided = mask & (scores < 1)[:, None]
+    assert len(kl) == guided.sum() and (~guide.isnan() == guided)[mask].all()
+    # A sum over the guided tokens, divided by the number of all.
+    assert row["loss/guide_kl"] == pytest.approx(kl.sum().item() / mask.sum().item())
+    assert row["loss/guide_kl"] > 0.01
+
+
+def test_an_exact_kl_that_nobody_asks_for_is_zero_or_refused(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(Episode, "score", property(lambda episode: 1.0))  # no episode is wrong
+    flags = ["--phase", "dgpo", "--kl-in", "exact", "--steps", "1", *MINI]
+    [row] = run(mini, tmp_path / "run", *flags)
+    assert row["loss/guide_kl"] == 0
+    settings = TrainSettings(phase="dgpo", kl_in="exact", mean_over="episode")
+    with pytest.raises(ValueError, match="--mean-over episode: --kl-in exact"):
+        with_defaults(settings)
 
 
 # ---- advantages ----

@@ -139,6 +139,16 @@ class Scored:
         table = (logits / self.temperature).log_softmax(-1)
         return table.gather(-1, self.targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
 
+    def exact_kl(self, actor: Decoder, guide: Decoder) -> Tensor:
+        """KL(actor || guide) in the state before each agent token, a state at a time, [n]."""
+        distances = []
+        for place in self.places:
+            of_actor, of_guide = (
+                (decoder(self.ids)[0, place - 1, : self.size] / self.temperature).softmax(-1)
+                for decoder in (actor, guide))
+            distances.append((of_actor * (of_actor / of_guide.detach()).log()).sum())
+        return torch.stack(distances)
+
     def values_of(self, critic: Critic) -> Tensor:
         before = [place - 1 for place in self.places]
         return critic.value_head(critic.backbone.hidden(self.ids)[0, before])[:, 0]
@@ -184,7 +194,8 @@ def compare_in_groups(
             scored[i].advantages = [advantage] * len(scored[i].old)
 
 
-def policy_terms(one: Scored, actor: Decoder, rules: SimpleNamespace) -> tuple[Tensor, dict]:
+def policy_terms(one: Scored, actor: Decoder, guide: Decoder | None,
+                 rules: SimpleNamespace) -> tuple[Tensor, dict]:
     """What each token costs, [n], and sums over the tokens."""
     logprobs, entropy = one.logprobs(actor)
     advantages, old = torch.tensor(one.advantages), torch.tensor(one.old)
@@ -198,6 +209,12 @@ def policy_terms(one: Scored, actor: Decoder, rules: SimpleNamespace) -> tuple[T
     is_clipped = ratio.clamp(low, high) * advantages < ratio * advantages
     sums = {"clip_frac": is_clipped.sum().item(), "entropy": entropy.sum().item(),
             "approx_kl": (ratio - 1 - (logprobs - old)).sum().item()}
+    if rules.kl_in == "exact":
+        sums["guide_kl"] = 0.0
+        if one.guide is not None:
+            exact = one.exact_kl(actor, guide)
+            terms = terms + rules.guide_weight * exact
+            sums["guide_kl"] = exact.sum().item()
     return terms, sums
 
 
@@ -308,7 +325,7 @@ class Reinforcement:
                 (terms.sum() / num).backward()
                 add(sums | {"value_loss": terms.sum().item()})
             if trains_actor:
-                terms, sums = policy_terms(one, self.actor, self.rules)
+                terms, sums = policy_terms(one, self.actor, self.guide, self.rules)
                 loss = terms.sum() / num
                 if self.rules.mean_over == "episode":
                     loss = terms.mean() / len(part)
