@@ -64,9 +64,8 @@ class TrainSettings(RolloutSettings, RunSettings):
     beta: float = setting(0.001, "beta of Eq. 4", when="kl_in reward loss loss_k2")
     kl_where: str = setting("", "episodes with KL; empty: wrong for dgpo, else all",
                             choices=("", "wrong", "all", "none"))
-    kl_in: str = setting("reward", "Eq. 4's KL: a reward (PPO); k3 in the loss (GRPO's paper); k2 "
-                         "there; there, exact in each state", when="kl_where wrong all",
-                         choices=("reward", "loss", "loss_k2", "exact"))
+    kl_in: str = setting("reward", "Eq. 4's KL: a reward, or in the loss: k3, k2, exact",
+                         choices=("reward", "loss", "loss_k2", "exact"), when="kl_where wrong all")
     guide_weight: float = setting(1.0, "of the exact KL, in place of beta", when="kl_in exact")
     mean_over: str = setting("token", "the policy's loss is a mean over tokens, or episodes' means",
                              choices=("token", "episode"))

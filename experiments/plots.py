@@ -54,6 +54,23 @@ def plot_sizes(series: dict[str, list[tuple[int, float]]], out: str | Path) -> N
     save(figure, out)
 
 
+def plot_cells(
+    lines: dict[str, list[tuple[float, float]]], teacher: float, out: str | Path
+) -> None:
+    """Draw exact match after reinforcement against that of the start, a line for each name."""
+    figure, axis = load_pyplot().subplots(figsize=(4.6, 3.4))
+    for name, points in lines.items():
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
+    axis.plot([0, 1], [0, 1], "k:", linewidth=1, label="the start")
+    axis.axhline(teacher, color="grey", linewidth=1, label="the teacher")
+    axis.set(xlabel="exact match of the start", ylabel="after reinforcement", ylim=(0, 1))
+    axis.set_xlim(0, 0.7)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save(figure, out)
+
+
 def plot_rewards(out: str | Path, *, budget: int = 100) -> None:
     """Draw each reward of bard.py against the length of thinking.
 

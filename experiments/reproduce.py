@@ -14,8 +14,8 @@ resumed, so an interrupted experiment goes on when it is called again.
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from infra import cli, config
 from infra.cli import reporting
 from infra.curves import plot_curves
 from model import load_decoder
-from settings import DISTIL, REINFORCE, TrainSettings
+from settings import DISTIL, REINFORCE, TrainSettings, with_defaults
 
 DEMO_QUESTIONS = 200  # of each test set; `rows` takes all of them
 
@@ -68,7 +68,7 @@ def demo(runs: Path) -> None:
 ROWS = {
     "seqkd": Row("SeqKD", presets=("seqkd",), flags=("--epochs", "7")),
     "kd": Row("KD", "kd"),
-    "kd-long": Row("KD, as long as DGPO", "kd", flags=("--epochs", "16")),
+    "kd-long": Row("KD, as long as DGPO", "kd", flags=("--epochs", "16"), rate_of="kd"),
     "gkd": Row("GKD", "gkd", flags=("--steps", "300")),
     "distillm": Row("DistiLLM", "distillm", flags=("--epochs", "11")),
     "taid": Row("TAID", "taid", flags=("--epochs", "11")),
@@ -82,7 +82,7 @@ ROWS = {
     "ppo-kd": Row("(d) PPO -> KD", presets=("ppo-kd",), begins="ppo"),
     "dgpo-grpo": Row("DGPO with GRPO", presets=("dgpo-grpo",), begins="kd"),
     "kd-gkd": Row("KD -> GKD", presets=("kd-gkd",), begins="kd", flags=("--steps", "180")),
-    "teacher-ppo": Row("Teacher, PPO", "ppo", begins="teacher"),
+    "teacher-ppo": Row("Teacher, PPO", "ppo", begins="teacher", rate_of="ppo"),
 }
 GIVEN = {"student": "Student", "teacher": "Teacher"}  # models that no row trains
 # Every row is tuned in the same way. The first seed runs at its preset's learning rate and at twice
@@ -90,8 +90,6 @@ GIVEN = {"student": "Student", "teacher": "Teacher"}  # models that no row train
 # seed and gives the other seeds' rate. These questions have all seven styles of the test sets and
 # are about the half of the world that training asks about. docs/log.md says why we no longer
 # choose after half of the length, on the styles of training.
-RATES = (1.0, 2.0)
-RATE_OF = {"kd-long": "kd", "teacher-ppo": "ppo"}  # rows that take over another row's choice
 DEVELOPMENT = "world/questions/development.jsonl"
 TUNING_SEED = rows.SEEDS[0]
 # Other models of the world (`python -m world.build build-pairs`). They train at the learning rates
@@ -115,12 +113,14 @@ CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guid
 
 @dataclass(frozen=True)
 class Pair:
-    """A student and its teacher, and where their runs and records go."""
+    """A student and its teacher, how they are trained, and where runs and records go."""
 
     runs: Path
     records: Path
     models: Path = ROOT / "world"  # with the folders student and teacher
     rates_of: Path | None = None  # records whose learning rates it takes over; None: it chooses
+    rows: Mapping[str, Row] = field(default_factory=lambda: ROWS)
+    presets: tuple[str, ...] = ("world",)
 
     @property
     def chooses_rates(self) -> bool:
@@ -131,12 +131,24 @@ class Pair:
 
     def best_run(self, name: str) -> Record:
         """The record of the tuning run that gives this row its learning rate."""
-        return best_run(self.rates_of or self.records, RATE_OF.get(name, name))
+        name = self.tuned(name)
+        rates = self.rows[name].rates
+        if len(rates) == 1:
+            return {"run": 0, "times": rates[0]}
+        return best_run(self.rates_of or self.records, name)
+
+    def tuned(self, name: str) -> str:
+        """The row whose choice of a learning rate a row takes."""
+        return self.rows[name].rate_of or name
+
+    def chooses(self, name: str) -> bool:
+        """Whether a row's rate is chosen here, among several."""
+        return self.chooses_rates and len(self.rows[self.tuned(name)].rates) > 1
 
 
 def row_jobs(pair: Pair, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """Teacher episodes, choice of learning rates, training and measuring of these rows."""
-    tuned = [name for name in names if name not in RATE_OF and pair.chooses_rates]
+    tuned = [name for name in names if pair.chooses(name) and pair.tuned(name) == name]
     episode_seeds = {*seeds, TUNING_SEED} if pair.chooses_rates else {*seeds}
     jobs = [episodes_job(pair, seed) for seed in sorted(episode_seeds)]
     for name in tuned:
@@ -146,7 +158,8 @@ def row_jobs(pair: Pair, names: Sequence[str], seeds: Sequence[int]) -> list[Job
     for seed in seeds:
         for name in names:
             jobs.append(row_job(pair, name, seed))
-            jobs += measure_jobs(pair, name, seed, ROWS[name].label, pair.runs / f"{name}-{seed}")
+            label = pair.rows[name].label
+            jobs += measure_jobs(pair, name, seed, label, pair.runs / f"{name}-{seed}")
     return jobs
 
 
@@ -158,22 +171,23 @@ def episodes_job(pair: Pair, seed: int) -> Job:
     return Job(f"episodes {seed}", lambda: command, episodes)
 
 
-def row_needs(name: str, seed: int) -> tuple[str, ...]:
+def row_needs(pair: Pair, name: str, seed: int) -> tuple[str, ...]:
     """The jobs whose results a row's training reads."""
-    begins = ROWS[name].begins
-    return (f"episodes {seed}", *([f"{begins} {seed}"] if begins in ROWS else []))
+    row = pair.rows[name]
+    trained = [other for other in (row.begins, row.teacher) if other in pair.rows]
+    return (f"episodes {seed}", *(f"{other} {seed}" for other in trained))
 
 
 def row_job(pair: Pair, name: str, seed: int) -> Job:
     """Train a row at its chosen rate. Its first seed is the better tuning run, if that is there."""
-    folder, needs = pair.runs / f"{name}-{seed}", row_needs(name, seed)
-    if pair.chooses_rates:
-        tuned = RATE_OF.get(name, name)
-        needs += tuple(f"judge {tuned} {number}" for number in range(len(RATES)))
+    folder, needs = pair.runs / f"{name}-{seed}", row_needs(pair, name, seed)
+    if pair.chooses(name):
+        tuned = pair.tuned(name)
+        needs += tuple(f"judge {tuned} {k}" for k in range(len(pair.rows[tuned].rates)))
 
     def tuning_run() -> Path | None:
         run = pair.runs / f"tune-{name}-{pair.best_run(name)['run']}"
-        is_first = pair.chooses_rates and seed == TUNING_SEED
+        is_first = pair.chooses(name) and seed == TUNING_SEED
         return run if is_first and (run / "model.safetensors").exists() else None
 
     def command() -> list[str]:
@@ -190,27 +204,30 @@ def row_job(pair: Pair, name: str, seed: int) -> Job:
 
 def row_command(pair: Pair, name: str, seed: int, folder: Path, times: float) -> list[str]:
     """Arguments of Python that train a row at a multiple of its preset's learning rate."""
-    begins = ROWS[name].begins or "student"
-    student = pair.runs / f"{begins}-{seed}" if begins in ROWS else pair.models / begins
-    command = rows.train_command(ROWS[name], ["world"], student=student, run_dir=folder, seed=seed)
-    rate, preset = preset_rate(name)
+    def model(name: str) -> Path:
+        return pair.runs / f"{name}-{seed}" if name in pair.rows else pair.models / name
+
+    row = pair.rows[name]
+    command = rows.train_command(
+        row, pair.presets, student=model(row.begins or "student"), run_dir=folder, seed=seed)
+    rate, preset = preset_rate(pair, name)
     command += ["--save-every", "10", "--" + rate.replace("_", "-"), f"{preset * times:g}"]
-    given = {"episodes": pair.episodes(seed), "teacher": pair.models / "teacher"}
+    given = {"episodes": pair.episodes(seed), "teacher": model(row.teacher or "teacher")}
     for setting, path in given.items():
-        if config.reads(TrainSettings, setting, row_settings(name).phase):
+        if config.reads(TrainSettings, setting, row_settings(pair, name).phase):
             command += [f"--{setting}", str(path)]
     return command
 
 
-def row_settings(name: str) -> TrainSettings:
+def row_settings(pair: Pair, name: str) -> TrainSettings:
     """What the presets and flags of a row say."""
-    flags = rows.row_flags(ROWS[name], ["world"], ROOT / "configs")
-    return cli.load(TrainSettings, flags, prog="train.py", description="")
+    flags = rows.row_flags(pair.rows[name], pair.presets, ROOT / "configs")
+    return cli.load(TrainSettings, flags, prog="train.py", description="", finish=with_defaults)
 
 
-def preset_rate(name: str) -> tuple[str, float]:
+def preset_rate(pair: Pair, name: str) -> tuple[str, float]:
     """The setting that holds the learning rate of a row's phase, and what its presets say."""
-    settings = row_settings(name)
+    settings = row_settings(pair, name)
     rate = "kd_lr" if settings.phase in DISTIL else "actor_lr"
     return rate, getattr(settings, rate)
 
@@ -221,17 +238,17 @@ def preset_rate(name: str) -> tuple[str, float]:
 def tuning_jobs(pair: Pair, name: str) -> list[Job]:
     """Train the row's first seed at each learning rate, and ask it the development questions."""
     jobs = []
-    for number, times in enumerate(RATES):
+    for number, times in enumerate(pair.rows[name].rates):
         folder, out = pair.runs / f"tune-{name}-{number}", pair.runs / f"eval-tune-{name}-{number}"
         train = row_command(pair, name, TUNING_SEED, folder, times)
         judge = ["eval.py", "--model", str(folder), "--out", str(out), "--questions", DEVELOPMENT]
 
         def keep(number: int = number, folder: Path = folder, out: Path = out) -> None:
-            write_tuning(pair.records, name, number, folder, out)
+            write_tuning(pair, name, number, folder, out)
 
         tune = f"tune {name} {number}"
         jobs += [Job(tune, lambda command=train: command, folder / "model.safetensors",
-                     row_needs(name, TUNING_SEED)),
+                     row_needs(pair, name, TUNING_SEED)),
                  Job(f"judge {name} {number}", lambda command=judge: command,
                      tuning_record(pair.records, name, number), (tune,), after=keep)]
     return jobs
@@ -241,11 +258,11 @@ def tuning_record(records: Path, name: str, number: int) -> Path:
     return records / "tuning" / f"{name}-{number}.json"
 
 
-def write_tuning(records: Path, name: str, number: int, folder: Path, out: Path) -> None:
+def write_tuning(pair: Pair, name: str, number: int, folder: Path, out: Path) -> None:
     """Record a tuning run: its rate as a multiple of the preset's, and its score."""
     settings = read_json(folder / "run.json")["settings"]
-    rate, preset = preset_rate(name)
-    write_json(tuning_record(records, name, number), {
+    rate, preset = preset_rate(pair, name)
+    write_json(tuning_record(pair.records, name, number), {
         "row": name, "run": number, "times": round(settings[rate] / preset, 3),
         "score": read_json(out / "result.json")["average"]["em"],
         "num_steps": len(read_lines(folder / "metrics.jsonl")), "train_s": rows.seconds(folder),
@@ -253,9 +270,8 @@ def write_tuning(records: Path, name: str, number: int, folder: Path, out: Path)
 
 
 def tuning_runs(records: Path, name: str) -> list[Record]:
-    """The recorded runs of a row, one for each rate; empty if one of them is missing."""
-    paths = [tuning_record(records, name, number) for number in range(len(RATES))]
-    return [read_json(path) for path in paths] if all(path.exists() for path in paths) else []
+    """The recorded runs of a row, one for each rate, in their order."""
+    return [read_json(path) for path in sorted(records.glob(f"tuning/{name}-[0-9].json"))]
 
 
 def best_run(records: Path, name: str) -> Record:
@@ -280,7 +296,7 @@ def measure_jobs(pair: Pair, name: str, seed: int | None, label: str, model: Pat
     def keep() -> None:
         write_record(name, seed, model, out, record)
 
-    if not pair.chooses_rates or name not in TABLES["Table 2"]:
+    if not pair.chooses_rates or pair.rows is not ROWS or name not in TABLES["Table 2"]:
         return [Job(f"eval {run}", lambda: evaluate, record, needs, after=keep)]
     return [Job(f"eval {run}", lambda: evaluate, out / "result.json", needs),
             Job(f"arcap {run}", lambda: arcap, record, (f"eval {run}",), after=keep)]
@@ -419,7 +435,8 @@ def plot(records: Path) -> None:
 
 def pairs(runs: Path, records: Path, seeds: Sequence[int]) -> None:
     """Build the other models, and run Table 3's rows with them."""
-    if missing := [name for name in PAIR_ROWS if not tuning_runs(records, name)]:
+    tuned = {name: len(tuning_runs(records, name)) for name in PAIR_ROWS}
+    if missing := [name for name, num in tuned.items() if num < len(ROWS[name].rates)]:
         raise RuntimeError(f"{records}: got no learning rates of {', '.join(missing)}, expected "
                            "those that python -m experiments.reproduce rows chooses")
     built = ROOT / "runs" / "world" / "pairs"

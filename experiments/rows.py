@@ -37,6 +37,10 @@ class Row:
     begins: str = ""  # the row whose model it starts from; empty: the experiment's plain student
     flags: tuple[str, ...] = ()  # further flags of train.py
     measure: tuple[str, ...] = ()  # further flags of the command that measures
+    # Its first seed runs at these multiples of the preset's learning rate; the best one stays.
+    rates: tuple[float, ...] = (1.0, 2.0)
+    rate_of: str = ""  # the row whose choice of a rate it takes over
+    teacher: str = ""  # the row whose model guides; empty: the experiment's teacher
 
     @property
     def is_trained(self) -> bool:

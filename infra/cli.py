@@ -206,7 +206,10 @@ def leave(prog: str, message: object, status: int) -> NoReturn:
 def _switched_off_by(settings: Any, name: str) -> str:
     """The setting under whose value this one is not read (`when`), or ""."""
     other, *values = settings.__dataclass_fields__[name].metadata["when"].split() or [""]
-    return other if hasattr(settings, other) and str(getattr(settings, other)) not in values else ""
+    if not hasattr(settings, other):
+        return ""
+    is_off = str(getattr(settings, other)) not in values
+    return other if is_off else _switched_off_by(settings, other)
 
 
 def find_phase(argv: list[str], default_config: str | Path) -> str | None:

@@ -158,7 +158,7 @@ def read_commands(jobs: Sequence[Job]) -> dict[str, Any]:
 def write_tuned(records: Path, *scores: float) -> None:
     """Records of tuning runs at the preset's rate and at twice that."""
     for name in ROWS:
-        for number, (times, score) in enumerate(zip(reproduce.RATES, scores, strict=True)):
+        for number, (times, score) in enumerate(zip(ROWS[name].rates, scores, strict=True)):
             record = {"row": name, "run": number, "times": times, "score": score}
             write_json(reproduce.tuning_record(records, name, number), record)
 
@@ -174,7 +174,7 @@ def tuned(tmp_path) -> Pair:
 def test_every_row_is_a_command_of_train_py_at_its_chosen_rate(tuned):
     commands = read_commands(row_jobs(tuned, list(ROWS), [0, 1]))
     for name, row in ROWS.items():
-        settings, preset = commands[f"{name} 1"], reproduce.row_settings(name)
+        settings, preset = commands[f"{name} 1"], reproduce.row_settings(tuned, name)
         begins = f"{row.begins}-1" if row.begins in ROWS else row.begins or "student"
         assert Path(settings.student).name == begins
         assert settings.run_dir.endswith(f"{name}-1") and settings.seed == 1
@@ -194,13 +194,13 @@ def test_every_row_is_a_command_of_train_py_at_its_chosen_rate(tuned):
 def test_a_row_is_tuned_at_its_full_length_from_where_it_begins(tuned):
     commands = read_commands(row_jobs(tuned, list(ROWS), [0, 1]))
     for name, row in ROWS.items():
-        settings, preset = commands[f"{name} 1"], reproduce.row_settings(name)
-        if name in reproduce.RATE_OF:  # it takes over another row's choice
+        settings, preset = commands[f"{name} 1"], reproduce.row_settings(tuned, name)
+        if row.rate_of:  # it takes over another row's choice
             assert f"tune {name} 0" not in commands
             continue
         begins = f"{row.begins}-0" if row.begins in ROWS else row.begins or "student"
         rate = "kd_lr" if settings.phase in core.DISTIL else "actor_lr"
-        for number, times in enumerate(reproduce.RATES):
+        for number, times in enumerate(row.rates):
             tuning = commands[f"tune {name} {number}"]
             assert getattr(tuning, rate) == pytest.approx(getattr(preset, rate) * times)
             assert Path(tuning.student).name == begins
@@ -235,7 +235,7 @@ def test_the_first_seed_of_a_row_is_its_better_tuning_run(tuned):
 
 def test_a_first_seed_is_trained_where_the_record_of_tuning_alone_is_left(tuned):
     first = read_command(reproduce.row_job(tuned, "seqkd", 0).command())
-    assert first.kd_lr == pytest.approx(2 * reproduce.row_settings("seqkd").kd_lr)
+    assert first.kd_lr == pytest.approx(2 * reproduce.row_settings(tuned, "seqkd").kd_lr)
     assert first.run_dir.endswith("seqkd-0")
 
 
@@ -253,7 +253,7 @@ def test_another_pair_takes_over_the_rates_and_its_own_models(tuned, tmp_path):
     assert not [job.name for job in jobs if job.name.startswith(("tune", "arcap"))]
     assert {job.done.parent for job in jobs if job.name.startswith("eval")} == {records}
     settings = read_commands(jobs)["dgpo 0"]
-    assert settings.actor_lr == pytest.approx(2 * reproduce.row_settings("dgpo").actor_lr)
+    assert settings.actor_lr == pytest.approx(2 * reproduce.row_settings(tuned, "dgpo").actor_lr)
     assert settings.teacher == str(models / "teacher") and settings.student.endswith("kd-0")
 
 
@@ -262,7 +262,7 @@ def test_tables_and_orderings_name_rows_that_exist():
     assert {name for table in TABLES.values() for name in table} <= names
     assert {name for ordering in ORDERINGS for name in ordering} <= names
     assert all(row.begins in names | {""} for row in ROWS.values())
-    assert {*reproduce.RATE_OF, *reproduce.RATE_OF.values()} <= {*ROWS}
+    assert all(row.rate_of in {"", *ROWS} for row in ROWS.values())
 
 
 def test_rows_bring_those_that_they_begin_from_and_keep_the_order_of_all(tmp_path):
@@ -328,7 +328,7 @@ def test_a_tuning_run_is_kept_with_its_average_on_development_questions(tmp_path
     folder = tmp_path / "run"
     write_run(folder, {"phase": "kd", "kd_lr": 4e-3}, [{"step": 1}, {"step": 2}])
     (folder / "result.json").write_text('{"average": {"em": 0.25}}')
-    reproduce.write_tuning(tmp_path, "kd", 1, folder, folder)
+    reproduce.write_tuning(Pair(tmp_path, tmp_path), "kd", 1, folder, folder)
     record = read_json(tmp_path / "tuning" / "kd-1.json")
     assert (record["score"], record["times"], record["train_s"]) == (0.25, 2.0, 4.0)
     assert record["num_steps"] == 2 and not record["collapsed"]
