@@ -53,6 +53,10 @@ def cells() -> dict[str, Row]:
 ROWS = cells()
 
 
+def pair_of(runs: Path, records: Path) -> Pair:
+    return Pair(runs, records, rows=ROWS, presets=("world", "weak-start"))
+
+
 def report(records: Path) -> str:
     """Table, orderings and chosen rates, from records alone."""
     runs_of = rows.recorded_rows(records, "experiments.guidance run")
@@ -114,8 +118,8 @@ def main(argv: list[str]) -> None:
     options = rows.parse_experiment(argv, "experiments.guidance", __doc__, ROWS, "guidance")
     runs, records = options.runs, options.records
     if options.experiment == "run":
-        pair = Pair(runs, records, rows=ROWS, presets=("world", "weak-start"))
-        run_jobs(row_jobs(pair, options.rows, options.seeds), runs / "logs")
+        jobs = row_jobs(pair_of(runs, records), options.rows, options.seeds)
+        run_jobs(jobs, runs / "logs")
     print(report(records))
     if options.experiment == "report":
         plot(records)

@@ -65,7 +65,7 @@ def run_program(command: str, arguments: list[str], monkeypatch, capsys) -> tupl
 
 
 # What is wrong: command, arguments, parts of the message. {place} and {mini} are folders.
-WITH_MINI = ["--config", "{place}/mini.toml"]
+WITH_MINI = ["--config", "{place}/mini.toml", "--run-dir", "{place}/fresh"]
 WRONG = [
     # flags
     (TRAIN, ["--stepz", "3"], ["--stepz", "did you mean --steps?"]),

@@ -140,6 +140,11 @@ def test_a_missing_set_shows_and_marks_the_average():
     )
 
 
+def test_a_set_that_a_seed_lacks_has_no_mean_over_seeds():
+    rows = evaluation.table([result("a", nq=0.1, mine=0.3), result("a", nq=0.3)]).splitlines()
+    assert rows[2].split()[:3] == ["a", "0.200", "-"]
+
+
 def test_the_bootstrap_finds_the_known_interval_of_a_bernoulli_difference():
     """n differences, a share p of them 1: the resampled mean is Binomial(n, p) / n."""
     n, p = 1000, 0.3

@@ -17,11 +17,11 @@ import eval as evaluation
 import qagent
 import settings as core
 from experiments import bard as reproduce_bard
-from experiments import plots, reproduce, rows
+from experiments import guidance, plots, reproduce, rows
 from experiments import qagent as reproduce_qagent
 from experiments.jobs import ROOT, Job, run_jobs
 from experiments.reproduce import ORDERINGS, ROWS, TABLES, Pair, row_jobs
-from experiments.rows import SEEDS, read_json, read_records, verdict, write_json
+from experiments.rows import SEEDS, Row, read_json, read_records, verdict, write_json
 from infra import cli, curves
 
 CONFIGS = ROOT / "configs"
@@ -113,6 +113,7 @@ def test_a_run_that_collapsed_counts_and_what_follows_a_job_is_done(tmp_path):
 def test_a_report_without_records_says_how_to_make_them(tmp_path):
     for experiment, command in (
         (reproduce, "experiments.reproduce rows"),
+        (guidance, "experiments.guidance run"),
         (reproduce_bard, "experiments.bard run"),
         (reproduce_qagent, "experiments.qagent run"),
     ):
@@ -131,8 +132,8 @@ def read_command(command: list[str]) -> Any:
     if program == "train.py":
         phase = cli.find_phase(flags, CONFIGS / "world.toml")
         if phase in core.PHASES:
-            settings = cli.load(core.TrainSettings, flags, prog=program, description="")
-            return core.with_defaults(settings)
+            return cli.load(core.TrainSettings, flags, prog=program, description="",
+                            finish=core.with_defaults)
         system = {"bard": bard, "qagent": qagent}[cli.program_of(phase)]
         owner = bard.BardSettings if system is bard else qagent.QAgentSettings
         settings = cli.load(owner, flags, prog=f"{system.__name__}.py", description="")
@@ -257,6 +258,69 @@ def test_another_pair_takes_over_the_rates_and_its_own_models(tuned, tmp_path):
     assert settings.teacher == str(models / "teacher") and settings.student.endswith("kd-0")
 
 
+# ---- when guidance pays ----
+
+
+def test_every_cell_is_dgpo_from_its_start_with_its_form_for_the_same_number_of_episodes(tmp_path):
+    pair = guidance.pair_of(tmp_path / "runs", tmp_path / "records")
+    for name in guidance.ROWS:
+        for number, times in enumerate(guidance.RATES):
+            record = {"run": number, "times": times, "score": number / 10}
+            write_json(reproduce.tuning_record(pair.records, name, number), record)
+    commands = read_commands(row_jobs(pair, list(guidance.ROWS), [1]))
+    for start, epochs in guidance.EPOCHS.items():
+        if epochs:
+            assert commands[f"{start} 1"].epochs == epochs and commands[f"{start} 1"].phase == "kd"
+            assert f"tune {start} 0" not in commands
+        for form, kl in (("none", ("none", "exact")), ("reward", ("wrong", "reward")),
+                         ("exact", ("wrong", "exact")), ("uniform", ("all", "exact"))):
+            settings = commands[f"{start}-{form} 1"]
+            assert (settings.kl_where, settings.kl_in) == kl and settings.phase == "dgpo"
+            assert settings.student.endswith(f"{start}-1" if epochs else "world/student")
+            assert settings.steps * settings.prompts_per_step == 7680
+            assert settings.actor_lr == pytest.approx(1e-3)  # the better one, of 3e-4 and 1e-3
+            rates = [commands[f"tune {start}-{form} {number}"].actor_lr for number in (0, 1)]
+            assert rates == pytest.approx([3e-4, 1e-3])
+    assert not [name for name in commands if name.startswith("arcap")]
+
+
+def test_a_row_may_be_guided_by_a_model_that_another_row_trains(tmp_path):
+    table = {"better": Row("better", "ppo", begins="teacher", rates=(1.0,)),
+             "guided": Row("guided", "dgpo", teacher="better", rates=(0.5,))}
+    pair = Pair(tmp_path, tmp_path / "records", rows=table)
+    job = reproduce.row_job(pair, "guided", 2)
+    assert job.needs == ("episodes 2", "better 2")
+    settings = read_command(job.command())
+    assert settings.teacher.endswith("better-2") and settings.student.endswith("world/student")
+    assert settings.actor_lr == reproduce.row_settings(pair, "guided").actor_lr / 2
+
+
+def test_the_report_of_guidance_has_a_line_a_start_and_says_what_is_above_what(tmp_path):
+    def write(row: str, seed: int, share: float) -> None:
+        record(tmp_path / "cells", row, seed, {"nq": share}, guidance.ROWS)
+
+    for seed in SEEDS:
+        write("kd1", seed, 0.2)
+        write("kd1-none", seed, 0.3)
+        write("kd1-exact", seed, 0.6 + 0.01 * seed)
+    for name, share in (("student", 0.04), ("teacher", 0.7)):
+        write_json(tmp_path / "cells" / f"{name}.json", {"row": name, "average": {"em": share}})
+    text = guidance.report(tmp_path / "cells")
+    assert re.search(r"^kd1 +0\.200 \S+ +0\.300 \S+ +- +0\.610 \u00b10\.010 +-", text, re.MULTILINE)
+    assert re.search(r"^kd1, exact, wrong > kd1, no KL +holds +\+0\.31", text, re.MULTILINE)
+    assert re.search(r"^plain +0\.040 +- ", text, re.MULTILINE)
+    pytest.importorskip("matplotlib")
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guidance, "plot_cells", lambda *arguments: drawn.append(arguments))
+        guidance.plot(tmp_path / "cells")
+    [(lines, teacher, out)] = drawn
+    assert lines["exact, wrong"] == [(pytest.approx(0.2), pytest.approx(0.61))]
+    assert lines["exact, all"] == [] and teacher == 0.7
+    plots.plot_cells(lines, teacher, out)
+    assert out == tmp_path / "cells.png" and out.stat().st_size > 1000
+
+
 def test_tables_and_orderings_name_rows_that_exist():
     names = {*ROWS, *reproduce.GIVEN}
     assert {name for table in TABLES.values() for name in table} <= names
@@ -349,14 +413,16 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     assert "arcap" not in record and "cores" in record["machine"]
 
 
-def record(folder: Path, row: str, seed: int, shares: dict[str, float]) -> dict:
+def record(
+    folder: Path, row: str, seed: int, shares: dict[str, float], table: dict[str, Row] = ROWS
+) -> dict:
     """A recorded run with the first share of each set's 500 questions right."""
     correct = {}
     for name, share in shares.items():
         num_right = int(500 * share)
         correct[name] = "1" * num_right + "0" * (500 - num_right)
     run = {
-        "name": ROWS[row].label,
+        "name": table[row].label,
         "row": row,
         "seed": seed,
         "correct": correct,
