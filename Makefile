@@ -10,6 +10,7 @@ PY := .venv/bin/python
 # faiss-gpu is optional and a download of 878 MB (see requirements.txt). It is installed where it
 # can use a GPU, or where you ask for it.
 FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
+JOBS ?= 2
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
@@ -35,8 +36,8 @@ $(STAMP): requirements.txt requirements-dev.txt
 	@rm -f .venv/.installed-faiss*
 	@touch $@
 
-test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them)
-	$(PY) -m pytest $(ARGS)
+test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them; JOBS=4: side by side)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(JOBS) --dist loadscope $(ARGS)
 
 faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (ten minutes)
 	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" \
