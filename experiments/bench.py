@@ -4,7 +4,7 @@
     python -m experiments.bench report results.json --plot growth.png    show what is saved
 
     head        log-probabilities, with gradients              torch, TRL, Liger, cut-cross-entropy
-    divergence  Eq. 1 against a teacher, with gradients        torch, Liger
+    divergence  Eq. 1 and the exact KL of Eq. 4, gradients     torch, Liger
     decode      tokens a second after the first one            transformers, llama.cpp
     rollout     episodes a second, turns of given lengths      transformers in lock step,
                                                                ours re-reading
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batch import Batch, pack, response_rows
-from dgpo import kd_loss, policy_loss, value_loss
+from dgpo import exact_kl, kd_loss, policy_loss, value_loss
 from experiments import engines
 from experiments.engines import SHAPES, Weights, Work, load_weights, ragged, random_ids
 from experiments.plots import plot_growth
@@ -427,24 +427,31 @@ def bench_head(bench: Bench) -> None:
     compare_heads(bench, "log-probabilities, peaked", logprobs_alone, peaked)
 
 
-def divergences(ce_weight: float, *, compiled: bool) -> dict[str, Callable]:
-    """Functions of both heads, by implementation. compiled: Liger's."""
+def divergences(ce_weight: float, *, is_exact: bool, compiled: bool) -> dict[str, Callable]:
+    """Functions of both heads, by implementation. compiled: Liger's.
+
+    is_exact: reinforcement's KL(student || guide), in place of Eq. 1's KL(teacher || student).
+    """
+    beta = float(is_exact)  # of Liger: 0 is KL(teacher || student), 1 is KL(student || teacher)
 
     def plain(h: Tensor, w: Tensor, teacher_h: Tensor, teacher_w: Tensor, y: Tensor) -> tuple:
         log_p, log_q = log_probs(h, w), log_probs(teacher_h, teacher_w)
         cross_entropy = -log_p.gather(-1, y[:, None]).sum()
-        return ((log_q.exp() * (log_q - log_p)).sum() + ce_weight * cross_entropy,)
+        log_a, log_b = (log_p, log_q) if is_exact else (log_q, log_p)
+        return ((log_a.exp() * (log_a - log_b)).sum() + ce_weight * cross_entropy,)
 
     def liger(*inputs: Tensor) -> tuple[Tensor]:
-        """beta 0 is KL(teacher || student). Liger returns a mean."""
+        """Liger returns a mean."""
         loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
-        return (loss(ce_weight, 1.0, beta=0.0, compiled=compiled)(*inputs) * len(inputs[-1]),)
+        return (loss(ce_weight, 1.0, beta=beta, compiled=compiled)(*inputs) * len(inputs[-1]),)
 
     def liger_triton(*inputs: Tensor) -> tuple[Tensor]:
-        loss = import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=0.0)
+        loss = import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=beta)
         return (loss(*inputs[:-1], None) * len(inputs[-1]),)
 
     ours = functools.partial(head_divergence, kd_loss, ce_weight=ce_weight)
+    if is_exact:
+        ours = functools.partial(head_divergence, exact_kl)
     functions = {"ours": lambda *x: ours(*x)[:1], "torch": plain, "Liger": liger}
     return functions if ce_weight else {**functions, "Liger, Triton": liger_triton}
 
@@ -452,8 +459,11 @@ def divergences(ce_weight: float, *, compiled: bool) -> dict[str, Callable]:
 def bench_divergence(bench: Bench) -> None:
     options = bench.options
     heads = Heads(max(1, options.rows // 2), options.widths)
-    for name, ce_weight in (("CE + KL(teacher || student)", 1.0), ("KL(teacher || student)", 0.0)):
-        functions = divergences(ce_weight, compiled=options.compile)
+    for name, ce_weight, is_exact in (
+        ("CE + KL(teacher || student)", 1.0, False), ("KL(teacher || student)", 0.0, False),
+        ("KL(student || guide)", 0.0, True),
+    ):
+        functions = divergences(ce_weight, is_exact=is_exact, compiled=options.compile)
         compare_heads(bench, name, functions, heads)
 
 
