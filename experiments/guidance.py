@@ -6,9 +6,10 @@
 
 A cell is a start and a form. Starts: the plain student, and that student after some epochs of KD.
 Forms: no KL; Eq. 4's reward on wrong episodes, as published; the exact KL on wrong episodes, and on
-all. Every cell runs for the same number of steps and episodes. It is tuned as the rows of
-experiments/reproduce.py are: its first seed runs at two learning rates, and the run that answers
-more development questions stays and gives the other seeds' rate.
+all. Beside the cells stand the other rows of the paper that reinforce. All run for the same number
+of steps and episodes. They are tuned as the rows of experiments/reproduce.py are: the first seed
+runs at two learning rates, and the run that answers more development questions stays and gives the
+other seeds' rate.
 """
 
 import sys
@@ -24,6 +25,7 @@ from experiments.plots import plot_cells
 from experiments.reproduce import Pair, best_run, row_jobs, tuning_runs
 from experiments.rows import Record, Row, mean_and_deviation, verdict
 from infra.cli import reporting
+from infra.curves import plot_curves
 
 EPOCHS = {"plain": 0, "kd1": 1, "kd2": 2, "kd3": 3, "kd7": 7}  # of KD, for each start
 FORMS = {
@@ -35,6 +37,23 @@ FORMS = {
 RATES = (0.3, 1.0)  # of the preset's 1e-3, where PPO without a teacher breaks from a weak start
 # What should be above what, at one start: (form, other form).
 ORDERINGS = (("exact", "uniform"), ("exact", "none"), ("exact", "reward"), ("reward", "none"))
+# The paper's other rows, in this regime. Its DGPO is kd1-exact here, and the ablations of Table 6
+# are plain-exact (a), kd1-uniform (b) and kd1-none (c).
+OTHERS = {
+    "ppo": Row("PPO", "ppo", rates=RATES),
+    "grpo": Row("GRPO", "grpo", rates=RATES),
+    "seqkd1": Row("SeqKD, 1 epoch", presets=("seqkd",), flags=("--epochs", "1"), rates=(1.0,)),
+    "sft-ppo": Row("SFT -> PPO", presets=("sft-ppo",), begins="seqkd1", rates=RATES),
+    "ppo-kd": Row("(d) PPO -> KD", presets=("ppo-kd",), begins="ppo", flags=("--epochs", "1"),
+                  rates=(1.0,)),
+    "kd1-grpo": Row("kd1, exact, wrong, GRPO", presets=("dgpo-grpo",), begins="kd1",
+                    rates=RATES),
+}
+PAPER_ORDERINGS = [("kd1-exact", row) for row in (
+    "kd1", "ppo", "grpo", "sft-ppo", "plain-exact", "ppo-kd", "kd1-grpo")]
+PAPER_ORDERINGS += [("plain-exact", "ppo"), ("sft-ppo", "ppo")]
+CURVES = ("plain-none", "plain-exact", "kd1-none", "kd1-reward", "kd1-exact", "kd1-uniform",
+          "kd1-grpo")
 
 
 def cells() -> dict[str, Row]:
@@ -43,7 +62,7 @@ def cells() -> dict[str, Row]:
         start: Row(f"KD, {epochs} epochs", "kd", flags=("--epochs", str(epochs)), rates=(1.0,))
         for start, epochs in EPOCHS.items() if epochs
     }
-    return starts | {
+    return starts | OTHERS | {
         f"{start}-{form}": Row(f"{start}, {label}", "dgpo", flags=flags, rates=RATES,
                                begins=start if start in starts else "")
         for start in EPOCHS for form, (label, flags) in FORMS.items()
@@ -63,6 +82,8 @@ def report(records: Path) -> str:
     return "\n\n".join([
         "Exact match, greedy, all test questions, average of sets; mean over seeds\n\n"
         + evaluation.align([*table_lines(runs_of)]),
+        evaluation.table([run for name in ("student", "teacher", *ROWS)
+                          for run in runs_of.get(name, [])]),
         "\n".join(ordering_lines(runs_of)), "\n".join(tuning_lines(records))])
 
 
@@ -84,11 +105,11 @@ def cell(runs: list[Record]) -> str:
 
 def ordering_lines(runs_of: dict[str, list[Record]]) -> Iterator[str]:
     yield "Difference of the averages over sets, paired 95 % interval over questions\n"
-    for start in EPOCHS:
-        for left, right in ORDERINGS:
-            names = f"{start}-{left}", f"{start}-{right}"
-            if all(name in runs_of for name in names):
-                yield verdict(*(runs_of[name] for name in names))
+    pairs = [(f"{start}-{left}", f"{start}-{right}") for start in EPOCHS
+             for left, right in ORDERINGS]
+    for names in (*pairs, *PAPER_ORDERINGS):
+        if all(name in runs_of for name in names):
+            yield verdict(*(runs_of[name] for name in names))
 
 
 def tuning_lines(records: Path) -> Iterator[str]:
@@ -100,7 +121,7 @@ def tuning_lines(records: Path) -> Iterator[str]:
 
 
 def plot(records: Path) -> None:
-    """Draw where a student ends against where it began, a line for each form."""
+    """Draw where a student ends against where it began, and the curves of some rows."""
     runs_of = rows.read_records(records)
 
     def average(name: str) -> float:
@@ -112,6 +133,9 @@ def plot(records: Path) -> None:
         for form, (label, _) in FORMS.items()
     }
     plot_cells(lines, average("teacher"), records.with_name(f"{records.name}.png"))
+    paths = [path for name in CURVES for path in sorted(records.glob(f"{name}-[0-9].json"))]
+    if paths:
+        plot_curves(paths, records.with_name(f"{records.name}-curves.png"))
 
 
 def main(argv: list[str]) -> None:

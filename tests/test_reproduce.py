@@ -282,6 +282,13 @@ def test_every_cell_is_dgpo_from_its_start_with_its_form_for_the_same_number_of_
             rates = [commands[f"tune {start}-{form} {number}"].actor_lr for number in (0, 1)]
             assert rates == pytest.approx([3e-4, 1e-3])
     assert not [name for name in commands if name.startswith("arcap")]
+    for name in guidance.OTHERS:
+        settings = commands[f"{name} 1"]
+        if settings.phase in core.REINFORCE:
+            assert settings.steps * settings.episodes_per_step in (7680, 7200)  # groups of five
+    assert commands["kd1-grpo 1"].advantage == "group" and commands["kd1-grpo 1"].kl_in == "exact"
+    named = {name for names in guidance.PAPER_ORDERINGS for name in names} | {*guidance.CURVES}
+    assert named <= {*guidance.ROWS}
 
 
 def test_a_row_may_be_guided_by_a_model_that_another_row_trains(tmp_path):
@@ -304,7 +311,8 @@ def test_the_report_of_guidance_has_a_line_a_start_and_says_what_is_above_what(t
         write("kd1-none", seed, 0.3)
         write("kd1-exact", seed, 0.6 + 0.01 * seed)
     for name, share in (("student", 0.04), ("teacher", 0.7)):
-        write_json(tmp_path / "cells" / f"{name}.json", {"row": name, "average": {"em": share}})
+        write_json(tmp_path / "cells" / f"{name}.json", {
+            "row": name, "name": name, "sets": {"nq": {"em": share}}, "average": {"em": share}})
     text = guidance.report(tmp_path / "cells")
     assert re.search(r"^kd1 +0\.200 \S+ +0\.300 \S+ +- +0\.610 \u00b10\.010 +-", text, re.MULTILINE)
     assert re.search(r"^kd1, exact, wrong > kd1, no KL +holds +\+0\.31", text, re.MULTILINE)
@@ -319,6 +327,7 @@ def test_the_report_of_guidance_has_a_line_a_start_and_says_what_is_above_what(t
     assert lines["exact, all"] == [] and teacher == 0.7
     plots.plot_cells(lines, teacher, out)
     assert out == tmp_path / "cells.png" and out.stat().st_size > 1000
+    assert (tmp_path / "cells-curves.png").stat().st_size > 1000
 
 
 def test_tables_and_orderings_name_rows_that_exist():
