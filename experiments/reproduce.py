@@ -259,14 +259,14 @@ def tuning_record(records: Path, name: str, number: int) -> Path:
 
 
 def write_tuning(pair: Pair, name: str, number: int, folder: Path, out: Path) -> None:
-    """Record a tuning run: its rate as a multiple of the preset's, and its score."""
-    settings = read_json(folder / "run.json")["settings"]
-    rate, preset = preset_rate(pair, name)
+    """Record a tuning run: its rate, also as a multiple of the preset's, and its score."""
+    setting, preset = preset_rate(pair, name)
+    rate = read_json(folder / "run.json")["settings"][setting]
     write_json(tuning_record(pair.records, name, number), {
-        "row": name, "run": number, "times": round(settings[rate] / preset, 3),
+        "row": name, "run": number, "rate": rate, "times": round(rate / preset, 3),
         "score": read_json(out / "result.json")["average"]["em"],
         "num_steps": len(read_lines(folder / "metrics.jsonl")), "train_s": rows.seconds(folder),
-        "collapsed": (folder / "collapse.txt").exists(), "settings": settings})
+        "collapsed": (folder / "collapse.txt").exists()})
 
 
 def tuning_runs(records: Path, name: str) -> list[Record]:

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,17 @@ def train_command(
 
 
 def read_json(path: Path) -> Record:
-    return json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "correct" in record:
+        record["correct"] = converted(record["correct"], lambda text: f"{int(text, 16):b}"[1:])
+    return record
+
+
+def converted(correct: Any, convert: Callable[[str], str]) -> Any:
+    """The texts of a record's "correct", which has one for each set, or for each model's sets."""
+    if isinstance(correct, dict):
+        return {name: converted(value, convert) for name, value in correct.items()}
+    return convert(correct)
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -78,7 +88,13 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def write_json(path: Path, record: Record) -> None:
-    """Write a record. Paths are made relative to the repository: it is read on other machines."""
+    """Write a record. Paths are made relative to the repository: it is read on other machines.
+
+    "correct", a digit a question, becomes hexadecimal, a quarter as long, after a 1 in front.
+    """
+    if "correct" in record:
+        bits = converted(record["correct"], lambda text: f"{int('1' + text, 2):x}")
+        record = {**record, "correct": bits}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record).replace(f"{ROOT}/", "")
     write_aside(path, lambda partial: partial.write_text(text + "\n"))
