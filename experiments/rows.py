@@ -23,6 +23,7 @@ from infra.cli import Parser
 from infra.programs import number
 
 SEEDS = (0, 1, 2)
+CURVE_POINTS = 40  # of a recorded curve, about
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
 
@@ -129,12 +130,15 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
     """A run's settings, number of steps, seconds, and the curves of these metrics."""
     metrics = read_lines(run_dir / "metrics.jsonl")
     logged = [step for step in metrics if any(key in step for key in curve_keys)]
-    # A list for each metric, because the names would take most of the file.
-    curve = {"step": [step["step"] for step in logged]}
+    # A list for each metric, because the names would take most of the file. A long run's points are
+    # means of neighbouring steps.
+    every = max(1, len(logged) // CURVE_POINTS)
+    blocks = [logged[i : i + every] for i in range(0, len(logged), every)]
+    curve = {"step": [block[-1]["step"] for block in blocks]}
     for key in curve_keys:
-        values = [step.get(key) for step in logged]
+        values = [mean_of(block, key) for block in blocks]
         if any(value is not None for value in values):
-            curve[key] = [None if value is None else round(value, 4) for value in values]
+            curve[key] = values
     return {
         "train": {key: value for key, value in read_json(run_dir / "run.json").items()
                   if key not in ("paths", "history")},  # of this machine
@@ -142,6 +146,12 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
         "train_s": seconds(run_dir),
         "curve": curve,
     }
+
+
+def mean_of(steps: Sequence[Record], key: str) -> float | None:
+    """The mean of a metric over those of these steps that have it."""
+    values = [step[key] for step in steps if step.get(key) is not None]
+    return round(float(np.mean(values)), 4) if values else None
 
 
 def seconds(run_dir: Path) -> float:

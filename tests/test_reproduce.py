@@ -422,6 +422,16 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     assert "arcap" not in record and "cores" in record["machine"]
 
 
+def test_a_long_curve_is_recorded_as_means_of_neighbouring_steps(tmp_path):
+    steps = [{"step": n + 1, "rollout/score": n / 100} for n in range(100)]
+    steps[99]["eval/score"] = 0.5
+    write_run(tmp_path, {"phase": "dgpo"}, steps)
+    curve = rows.training_record(tmp_path, ("rollout/score", "eval/score"))["curve"]
+    assert curve["step"][:2] == [2, 4] and len(curve["step"]) == 50
+    assert curve["rollout/score"][:2] == [0.005, 0.025]
+    assert curve["eval/score"] == [None] * 49 + [0.5]
+
+
 def record(
     folder: Path, row: str, seed: int, shares: dict[str, float], table: dict[str, Row] = ROWS
 ) -> dict:
