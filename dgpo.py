@@ -26,6 +26,17 @@ import torch
 from torch import Tensor
 
 
+def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, response_mask: Tensor, *,
+                       cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap) of each response token, 1 elsewhere: [B, T] -> [B, T].
+
+    Sampler and trainer are one policy, but may round differently. Advantages times these weights
+    are those of the trainer's policy; the cap bounds their variance (Ionides, 2008). Not in paper.
+    """
+    gap = torch.where(response_mask, old_logprobs - sampled_logprobs, 0.0)
+    return gap.exp().clamp(max=cap)
+
+
 class PolicyLoss(NamedTuple):
     """Sums over the response tokens, []; minimise loss / count."""
     loss: Tensor

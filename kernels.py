@@ -3,7 +3,8 @@
 The caller selects rows first (response tokens alone). Logits [N, V] never exist, only a tile does.
 head_logprobs tiles the vocabulary. It merges sums as in online softmax (Milakov & Gimelshein, 2018)
 and computes a tile's logits again in the backward pass. head_divergence tiles the rows and takes a
-tile's gradient at once. GEMMs run in the weight's dtype, reductions in fp32. Not in paper.
+tile's gradient at once. GEMMs run in the dtype of the hidden states, to which the weight is cast,
+and reductions in fp32; the weight's gradient has the weight's dtype. Not in paper.
 
 Legend: N selected rows, B episodes, D width, V vocabulary (a padded head is cut by the caller),
 C columns or n rows of a tile.
@@ -49,16 +50,19 @@ def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *,
 
     hidden [N, D], weight [V, D], targets [N] -> (logprobs [N], entropy [N]), fp32, with gradients.
     """
-    return _Logprobs.apply(hidden, weight, targets, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):  # dtypes are as said here
+        return _Logprobs.apply(hidden, weight, targets, temperature)
 
 
 class _Logprobs(autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(len(hidden), device=hidden.device)  # [N]
-        sums = (zeros + torch.finfo(torch.float32).min, zeros, zeros, zeros)  # -inf makes 0 * inf
+        # Four tensors of their own: a compiled function counts one that it gets twice as a variant.
+        peak = torch.full((len(hidden),), torch.finfo(torch.float32).min, device=hidden.device)
+        sums = (peak, *(torch.zeros_like(peak) for _ in range(3)))  # -inf would make 0 * inf
         for tile in tiles(len(weight), len(hidden), MAX_TILE_ELEMENTS, hidden.device):
-            sums = merge(hidden @ weight[tile].T, targets - tile.start, temperature, *sums)
+            logits = hidden @ weight[tile].to(hidden.dtype).T  # [N, C]
+            sums = merge(logits, targets - tile.start, temperature, *sums)
         peak, total, moment, target_z = sums
         log_total = total.log()
         entropy = log_total - moment / total  # H = log sum e^(z - max) - E[z - max]
@@ -68,16 +72,29 @@ class _Logprobs(autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_logprobs.device.type, enabled=False):
+            return _Logprobs.gradients(ctx, grad_logprobs, grad_entropy)
+
+    @staticmethod
+    def gradients(ctx, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, *stats = (*ctx.saved_tensors, grad_logprobs, grad_entropy)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed in fp32
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for tile in tiles(len(weight), len(hidden), MAX_TILE_ELEMENTS, hidden.device):
-            logits, columns = hidden @ weight[tile].T, targets - tile.start  # [N, C], [N]
-            grad = logits_gradient(logits, columns, ctx.temperature, *stats)
-            grad_hidden += grad @ weight[tile]
+            part, columns = weight[tile].to(hidden.dtype), targets - tile.start  # [C, D], [N]
+            grad = logits_gradient(hidden @ part.T, columns, ctx.temperature, *stats)
+            grad_hidden += grad @ part
             if grad_weight is not None:
-                torch.mm(grad.T, hidden, out=grad_weight[tile])
+                multiply(grad.T, hidden, grad_weight[tile])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, without a copy where all have one dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 @fused
@@ -123,13 +140,17 @@ def head_divergence(loss: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, 
     targets [n], **options) -> (loss [n], report [n]), as dgpo.kd_loss. The gradient is taken at
     once: the caller may scale the sum, but no single row.
     """
-    return _Divergence.apply(loss, options, hidden, weight, teacher_hidden, teacher_weight, targets)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Divergence.apply(
+            loss, options, hidden, weight, teacher_hidden, teacher_weight, targets)
 
 
 class _Divergence(autograd.Function):
     @staticmethod
     def forward(ctx, loss, options, hidden, weight, teacher_hidden, teacher_weight, targets):
         wants_hidden, wants_weight = ctx.needs_input_grad[2:4]
+        dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        teacher_weight = teacher_weight.to(teacher_hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total, reports = torch.zeros((), device=hidden.device), []
@@ -144,11 +165,11 @@ class _Divergence(autograd.Function):
             reports.append(report.detach())
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
-            if wants_weight and weight.dtype == torch.float32:
+            if wants_weight and grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, hidden[rows])
             elif wants_weight:
                 grad_weight += grad.T @ hidden[rows]
-        ctx.grads = [grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None]
+        ctx.grads = [grad_hidden, grad_weight.to(dtype) if wants_weight else None]
         reports = torch.cat(reports) if reports else torch.zeros(0, device=hidden.device)
         ctx.mark_non_differentiable(reports)
         return total, reports
@@ -220,13 +241,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @contextmanager
-def in_blocks(module: nn.Module) -> Iterator[None]:
-    """Context manager: linear layers use `blocked` weights, which must not change meanwhile."""
+def in_blocks(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Context manager: linear layers use `blocked` weights of this dtype, cast once.
+
+    The weights must not change meanwhile.
+    """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     try:
         for layer in layers:
-            if (weight := blocked(layer.weight)) is not layer.weight:
-                layer.forward = functools.partial(linear, weight=weight, bias=layer.bias)
+            if (weight := blocked(layer.weight.to(dtype))) is not layer.weight:
+                bias = None if layer.bias is None else layer.bias.to(dtype)
+                layer.forward = functools.partial(linear, weight=weight, bias=bias)
         yield
     finally:
         for layer in layers:

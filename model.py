@@ -23,6 +23,9 @@ from infra.files import blaming, read_json, resolve
 from tokenizer import FILES, Tokenizer
 from weights import fill, save_tensors
 
+torch.set_float32_matmul_precision("highest")  # float32 means that: TF32 has ten bits
+torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for each new length, in tens of ms
+
 
 class DecoderConfig:
     """Sizes and options from config.json (`public`). KeyError or ValueError if it does not fit."""
@@ -133,7 +136,7 @@ class Prefill(NamedTuple):
             if start:  # the row goes on: all its earlier slots, and causal among the new ones
                 k, v = (x[row : row + 1, :, :end].to(q.dtype) for x in (keys, values))
                 mask = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(start)
-            mixed.append(attention(q, k, v, mask, is_causal=not start, enable_gqa=True))
+            mixed.append(attend(q, k, v, mask, is_causal=not start))
         return torch.cat(mixed, 2)  # [1, H, N, Dh]
 
 
@@ -160,9 +163,33 @@ Slots = Prefill | Step | None  # where a call writes keys and values; None: nowh
 Rotary = tuple[Tensor, Tensor]  # cos and signed sin, [B or 1, T, 1, Dh] each
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
+           is_causal: bool = False) -> Tensor:
+    """Attention of q [B, H, T, Dh] to k, v [B, KV, L, Dh], each read by H / KV heads."""
+    if q.is_cuda and q.dtype == torch.float32:  # no fast kernel groups float32 queries
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    is_grouped = q.shape[1] != k.shape[1]
+    return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, T, heads, Dh]; the first half of `sin` carries the minus sign."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of x; the weights may have more digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Its mean is taken in fp32 at least, whatever the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -171,11 +198,11 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         width, inner = config.hidden_size, config.num_heads * config.head_dim
         kv_inner = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, kv_inner, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(inner, width, bias=config.o_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm
+        self.q_proj = Linear(width, inner, bias=config.qkv_bias)
+        self.k_proj = Linear(width, kv_inner, bias=config.qkv_bias)
+        self.v_proj = Linear(width, kv_inner, bias=config.qkv_bias)
+        self.o_proj = Linear(inner, width, bias=config.o_bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
@@ -186,8 +213,7 @@ class Attention(nn.Module):
         if slots is None:
             # One document at a time: what is packed beside it costs nothing, and needs no mask.
             parts = zip(*(x.split(documents, 2) for x in (q, k, v)), strict=True)
-            mixed = torch.cat([attention(*part, is_causal=True, enable_gqa=True)
-                               for part in parts], 2)
+            mixed = torch.cat([attend(*part, is_causal=True) for part in parts], 2)
         else:
             mixed = slots.attend(self.layer, q, k, v, documents)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -197,13 +223,13 @@ class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.input_layernorm = nn.RMSNorm(width, config.norm_eps)
+        self.input_layernorm = RMSNorm(width, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, config.norm_eps)
         self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(width, inner, bias=bias),
-            "up_proj": nn.Linear(width, inner, bias=bias),
-            "down_proj": nn.Linear(inner, width, bias=bias)})
+            "gate_proj": Linear(width, inner, bias=bias),
+            "up_proj": Linear(width, inner, bias=bias),
+            "down_proj": Linear(inner, width, bias=bias)})
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, documents, slots)
@@ -222,18 +248,20 @@ class Decoder(nn.Module):
         self.model = nn.Module()  # the public names begin with "model."
         self.model.embed_tokens = nn.Embedding(entries, width)
         self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
-        self.model.norm = nn.RMSNorm(width, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(width, entries, bias=False)
+        self.model.norm = RMSNorm(width, config.norm_eps)
+        self.lm_head = None if config.tied else Linear(width, entries, bias=False)
         # Not a buffer: .to(bfloat16) would round it.
         self.frequencies, self.scale = config.rope_frequencies(), config.rope_scale
         self.checkpointing = False  # True: backward computes layers again instead of keeping them
+        self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
 
     @property
     def head_weight(self) -> nn.Parameter:  # [V, D]
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.linear(self.hidden(ids), self.head_weight)
+        hidden = self.hidden(ids)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
     def hidden(self, ids: Tensor, *, documents: list[int] | None = None,
                cache: Slots = None) -> Tensor:
@@ -250,6 +278,7 @@ class Decoder(nn.Module):
             positions = torch.cat([torch.arange(start, start + length, device=ids.device)
                                    for start, length in zip(starts, documents, strict=True)])[None]
         x = self.model.embed_tokens(ids)  # [B, T, D]
+        x = x.to(self.compute_dtype or x.dtype)
         rotary = self._rotary(positions, x.dtype)
         for layer in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -291,7 +320,7 @@ class Critic(nn.Module):
 
     def values(self, ids: Tensor, documents: list[int] | None = None) -> Tensor:
         states = shift(self.backbone.hidden(ids, documents=documents), documents)
-        return self.value_head(states).squeeze(-1).float()  # [B, T]
+        return self.value_head(states.to(self.value_head.weight)).squeeze(-1).float()  # [B, T]
 
 
 def load_decoder(path: str | Path, *, dtype: torch.dtype = torch.float32,

@@ -54,6 +54,9 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
     # Questions count, not episodes: those of a group succeed and fail together.
     watch = partial(run.stop_if_collapsed, student.decoder, export, num_questions,
                     "rollout/reward" if task.reward else "rollout/score")
+    cap = settings.importance_cap
+    if cap is None:  # in fp32 sampler and trainer agree
+        cap = 2.0 if student.dtype == torch.bfloat16 else 0.0
     run.start(settings.steps, settings.minibatch_size, networks)
     watch()  # the steps that a resumed run has done
     for step in run.steps():
@@ -81,6 +84,10 @@ def reinforce(run: Run, settings: TrainSettings, student: Policy, guide: Policy 
             sums = sum_over_processes(*dgpo.moments(advantages, mask))
             stats = dgpo.Moments(*torch.tensor(sums, dtype=torch.float64, device=mask.device))
             advantages = dgpo.whiten(advantages, mask, stats=stats)
+        if cap:
+            sampled = spread(sampled_logprobs(episodes).to(mask.device), mask)  # [B, T]
+            advantages = advantages * dgpo.importance_weights(
+                tokens.old_logprobs, sampled, mask, cap=cap)
         tokens = tokens._replace(advantages=advantages, returns=returns)
         metrics = episode_metrics(episodes)
         metrics |= token_metrics(episodes, tokens, mask, critic is not None)
@@ -148,12 +155,17 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
+def sampled_logprobs(episodes: list[Episode]) -> Tensor:
+    """What the sampler gave to the response tokens, [N]."""
+    segments = [s for e in episodes if e.status != "search_error" for s in e.segments]
+    return torch.tensor([logprob for s in segments for logprob in s.logprobs])
+
+
 def token_metrics(episodes: list[Episode], tokens: Tokens, mask: Tensor,
                   has_critic: bool) -> dict[str, float]:
     """What the tokens of a step were like, over all processes."""
-    segments = [s for e in episodes if e.status != "search_error" for s in e.segments]
-    sampled = torch.tensor([lp for s in segments for lp in s.logprobs], device=mask.device)  # [N]
     old, guide, returns = tokens.old_logprobs, tokens.guide_logprobs, tokens.returns
+    sampled = sampled_logprobs(episodes).to(mask.device)
     gap = (sampled - old[mask]).abs().sum().item()  # between sampler and trainer, nats
     metrics = means("rollout", {"sampler_gap": gap}, mask.sum().item())
     guided = mask & ~guide.isnan()
@@ -217,6 +229,7 @@ def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, token
             if not num_tokens:  # an update would follow old momentum and weight decay alone
                 continue
             total_tokens += num_tokens
+            gaps = []  # log ratios of each pass
             for group in micro_batches(lengths, settings.micro_batch_tokens, rows):
                 numbers = Tokens(*(x[group][mask[group]] for x in tokens))  # [N]
                 weights = (1.0 if settings.mean_over == "token" else
@@ -225,10 +238,9 @@ def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, token
                 sums, gap = backward(models, pack(batch, group, lengths), numbers, of_guide,
                                      weights, num_tokens, settings, trains_actor="actor" in rates)
                 passes.append(sums)
-                if epoch == k == 0:
-                    first_gap = max(first_gap, gap.item())
+                gaps.append(gap)
             if epoch == k == 0:
-                first_gap = check_first_ratio(first_gap, step + 1)
+                first_gap = check_first_ratio(torch.cat(gaps), step + 1, models.actor.dtype)
             norms = {f"loss/{name}_grad_norm": run.update(name, rates[name]) for name in rates}
     metrics = {}
     if passes:
@@ -244,9 +256,9 @@ def learn(run: Run, settings: TrainSettings, models: Models, batch: Batch, token
 def backward(models: Models, packed: Packed, tokens: Tokens, guide_rows: list[Tensor],
              weights: Tensor | float, num_tokens: float, settings: TrainSettings, *,
              trains_actor: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Add the gradients of a pass; returns (sums over its tokens, largest log ratio)."""
+    """Add the gradients of a pass; returns (sums over its tokens, log ratios of the policy)."""
     mask = torch.ones_like(tokens.advantages, dtype=torch.bool)  # [N], all are response tokens
-    sums, gap = {}, torch.zeros(())
+    sums, gap = {}, torch.zeros_like(tokens.old_logprobs)
     if models.critic is not None:
         values = models.critic.values(packed.ids, packed.documents)[packed.response_mask]
         of_critic = dgpo.value_loss(
@@ -276,6 +288,5 @@ def backward(models: Models, packed: Packed, tokens: Tokens, guide_rows: list[Te
         (loss / num_tokens).backward()
         sums |= {"policy_loss": loss.detach(), "clip_frac": of_actor.clip_frac,
                  "approx_kl": of_actor.approx_kl, "entropy": entropy.detach().sum()}
-        if len(logprobs):
-            gap = (logprobs.detach() - tokens.old_logprobs).abs().max()
+        gap = logprobs.detach() - tokens.old_logprobs
     return sums, gap

@@ -64,6 +64,11 @@ class Policy(NamedTuple):
         """[V, D]: the head's rows that are tokens; published heads are padded beyond them."""
         return self.decoder.head_weight[: self.tokenizer.size]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, logits and the cache."""
+        return self.decoder.compute_dtype or self.head.dtype
+
 
 def load_protocol(spec: str) -> Protocol:
     from infra.named import load_named  # here, because most protocols are this one
@@ -95,7 +100,7 @@ def generate(policy: Policy, retriever: SearchEngine | None,
             episode.status = "max_tokens"
     protocol = protocol or load_protocol(settings.protocol)
     bar = tqdm(rows, desc=progress, disable=not progress, leave=False, mininterval=1)
-    with in_blocks(policy.decoder), bar:
+    with in_blocks(policy.decoder, policy.dtype), bar:
         _Engine(policy, retriever, settings, protocol, seed).run(rows, bar)
     return episodes
 
@@ -135,7 +140,8 @@ class _Engine:
                  protocol: Protocol, seed: int) -> None:
         self.decoder, self.tokenizer, self.retriever = *policy, retriever
         self.settings, self.protocol, self.seed = settings, protocol, seed
-        self.head, self.device = blocked(policy.head), policy.head.device
+        self.dtype, self.device = policy.dtype, policy.head.device
+        self.head = blocked(policy.head.to(self.dtype))
         self.num_steps = 0
         # All closing tags end in ">", so only a token with that character can complete one.
         self.closers = policy.tokenizer.containing(">")
@@ -149,7 +155,7 @@ class _Engine:
         # One slot more than the context: a row at its end writes there, and nothing reads it.
         slots = self.settings.max_context_tokens + 1
         self.cache = KVCache(self.decoder.config, len(self.rows), slots,
-                             dtype=self.head.dtype, device=self.device)
+                             dtype=self.dtype, device=self.device)
         while self.fill(bar):
             searching, reading, writing = map(self.slots_in, ("searching", "reading", "writing"))
             if self.search is None and self.is_worth_it(searching, writing):

@@ -72,8 +72,16 @@ def open_student(run: Run, settings: TrainSettings) -> Policy:
     student = load_policy(settings.student, run.device, "student")
     student.tokenizer.date = run.date  # a template may write it; the same when the run goes on
     run.write_config = lambda: save_policy(student, run.dir, {})
-    student.decoder.checkpointing = settings.checkpointing  # the critic is a copy and inherits it
+    # The critic is a copy and inherits these.
+    student.decoder.checkpointing = settings.checkpointing
+    student.decoder.compute_dtype = compute_dtype(settings, run.device)
     return student
+
+
+def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """Of activations and GEMMs of what is trained."""
+    return getattr(torch, settings.compute_dtype or
+                   ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def open_frozen(settings: TrainSettings, device: torch.device, role: str,
@@ -93,9 +101,9 @@ def shard_models(settings: TrainSettings, student: Policy, guide: Policy | None,
     """Split student and critic, and with --shard all the guide, over the processes."""
     policies = {"none": (), "student": (student,), "all": (student, guide)}[settings.shard]
     for policy in filter(None, policies):
-        shard(policy.decoder, [*policy.decoder.model.layers], "hidden")
+        shard(policy.decoder, [*policy.decoder.model.layers], "hidden", policy.dtype)
     if critic is not None and settings.shard != "none":
-        shard(critic, [*critic.backbone.model.layers], "values")
+        shard(critic, [*critic.backbone.model.layers], "values", student.dtype)
 
 
 def save_policy(policy: Policy, folder: Path, tensors: dict[str, Tensor]) -> None:

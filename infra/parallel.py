@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -171,17 +176,20 @@ def row_weights(mask: Tensor, num_tokens: float, num_rows: float) -> Tensor:
 # ---- sharded modules ----
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], entry: str) -> None:
+def shard(module: nn.Module, blocks: Sequence[nn.Module], entry: str,
+          dtype: torch.dtype | None = None) -> None:
     """Split a module's weights, gradients and Adam over the processes; does nothing with one.
 
     blocks: the parts that are gathered one after another; entry: the method that runs a forward
-    pass, if it is not `forward`.
+    pass, if it is not `forward`; dtype: that weights are gathered in (None: their own). Gradients
+    are summed in fp32.
     """
     if not dist.is_initialized():
         return
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in (*blocks, module):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
         part.set_force_sum_reduction_for_comms(True)  # gloo offers no other
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean
     register_fsdp_forward_method(module, entry)

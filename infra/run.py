@@ -88,6 +88,9 @@ class RunSettings:
     grad_clip: float = setting(1.0, "largest norm of a gradient", above=0, rare=True)
     micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it to save memory",
                                       at_least=1)
+    compute_dtype: str = setting("", "of activations and GEMMs, weights and Adam stay float32; "
+                                 "empty: bfloat16 on a GPU, else float32",
+                                 choices=("", "float32", "bfloat16"))
     checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower",
                                   rare=True)
     max_minutes: float = setting(0.0, "end after this time, as if all steps were done; 0: never")
@@ -178,7 +181,8 @@ class Run:
             self.say(disk_report(self.dir, networks, checkpoint.NUM_KEPT, self.settings.save_every))
         decay = self.settings.weight_decay
         for name, network in networks.items():  # `update` sets the learning rate of each step
-            self.adams[name] = torch.optim.AdamW(network.parameters(), weight_decay=decay)
+            self.adams[name] = torch.optim.AdamW(
+                network.parameters(), weight_decay=decay, fused=True)
         if self.settings.resume:
             self.resume()
         if self.rank == 0:

@@ -295,7 +295,7 @@ def test_weights_in_blocks_are_as_near_to_float64_as_plain_ones_and_leave_the_mo
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     with torch.no_grad():
         plain = module(x)
-        with kernels.in_blocks(module):
+        with kernels.in_blocks(module, torch.bfloat16):
             assert kernels.blocked(module[0].weight).is_mkldnn
             blocked = module(x)
             assert "forward" in vars(module[0])
@@ -309,5 +309,5 @@ def test_weights_in_blocks_are_as_near_to_float64_as_plain_ones_and_leave_the_mo
 
 def test_weights_in_blocks_are_for_bf16_alone():
     layer = torch.nn.Linear(4, 3)
-    with kernels.in_blocks(layer):
+    with kernels.in_blocks(layer, torch.float32):
         assert kernels.blocked(layer.weight) is layer.weight and "forward" not in vars(layer)

@@ -34,6 +34,7 @@ from tests.support.runs import METRIC_TOLERANCE, policies, run
 
 ROOT = Path(__file__).resolve().parent.parent
 GRADIENT_TOLERANCE = 1e-5  # of the largest entry; fp32 sums in another order
+BF16_TOLERANCE = 0.02  # of the norm: each process rounds its share of a gradient
 # Of one process alone, or counts of what crosses a line.
 JUMPY = {"loss/first_log_ratio", "loss/value_clip", "loss/clip_frac"}
 MAX_END_S = 90  # until torchrun has ended a job with a dead or stuck process
@@ -80,15 +81,19 @@ def shares(episodes: list, num_processes: int) -> list[list]:
     return [rest[0], episodes[:1], *rest[1:]]
 
 
-def stored_batch(mini: Path, rank: int, num_processes: int, *, is_sharded: bool) -> dict:
+KINDS = ("replicated", "sharded", "bf16")  # bf16: sharded, and computed in it
+
+
+def stored_batch(mini: Path, rank: int, num_processes: int, kind: str) -> dict:
     """Loss and gradients of Eq. 1 and of a critic, from this process's share of a stored batch."""
     student, teacher = policies(mini)
+    student.decoder.compute_dtype = torch.bfloat16 if kind == "bf16" else None
     critic = Critic.from_decoder(student.decoder)
     torch.nn.init.constant_(critic.value_head.weight, 0.1)
     episodes = load_episodes(mini / "episodes.jsonl", student.tokenizer, prompt="short")
-    if is_sharded:
-        shard(student.decoder, student.decoder.model.layers, "hidden")
-        shard(critic, critic.backbone.model.layers, "values")
+    if kind != "replicated":
+        shard(student.decoder, student.decoder.model.layers, "hidden", student.dtype)
+        shard(critic, critic.backbone.model.layers, "values", student.dtype)
         shard(teacher.decoder, teacher.decoder.model.layers, "hidden")
     modules = {"student": student.decoder, "critic": critic}
     before = {
@@ -117,15 +122,14 @@ def stored_batch(mini: Path, rank: int, num_processes: int, *, is_sharded: bool)
 
 @pytest.fixture(scope="module")
 def stored(mini, tmp_path_factory) -> dict[tuple[int, str], dict]:
-    """Results by (number of processes, "replicated" or "sharded")."""
+    """Results by (number of processes, kind)."""
     folder = tmp_path_factory.mktemp("stored")
     running = [torchrun(number, __file__, mini, folder / str(number)) for number in (2, 4)]
-    one = stored_batch(mini, 0, 1, is_sharded=False)
+    results = {(1, kind): stored_batch(mini, 0, 1, kind) for kind in KINDS}
     for process in running:
         finish(process)
-    results = {(1, "replicated"): one}
     for number in (2, 4):
-        for kind in ("replicated", "sharded"):
+        for kind in KINDS:
             results[number, kind] = load_file(folder / str(number) / f"{kind}.safetensors")
     return results
 
@@ -143,6 +147,19 @@ def test_one_stored_batch_gives_the_same_loss_and_gradients_on_any_number_of_pro
         for key, expected in one.items():
             limit = GRADIENT_TOLERANCE * max(1, expected.abs().max())
             assert (other[key] - expected).abs().max() <= limit, (number, key)
+
+
+@pytest.mark.slow
+def test_sharded_bf16_gives_the_gradients_of_one_process_to_its_rounding(stored):
+    full, one = stored[1, "replicated"], stored[1, "bf16"]
+    for number in (2, 4):
+        other = stored[number, "bf16"]
+        for key, expected in one.items():
+            assert other[key].dtype == torch.float32
+            scale = max(1e-6, expected.norm())
+            assert (other[key] - expected).norm() <= BF16_TOLERANCE * scale, (number, key)
+    difference = one["student/norm"] - full["student/norm"]
+    assert 0 < difference.abs() <= BF16_TOLERANCE * full["student/norm"]
 
 
 # ---- runs ----
@@ -232,8 +249,8 @@ def test_a_dead_or_stuck_process_ends_the_job_with_a_message(mini, tmp_path, num
 if __name__ == "__main__":  # one of the processes of `stored`
     rank, num_processes, _ = start_processes("cpu", timeout_minutes=2)
     out = Path(sys.argv[2])
-    for kind in ("replicated", "sharded"):
-        result = stored_batch(Path(sys.argv[1]), rank, num_processes, is_sharded=kind == "sharded")
+    for kind in KINDS:
+        result = stored_batch(Path(sys.argv[1]), rank, num_processes, kind)
         if rank == 0:
             out.mkdir(exist_ok=True)
             save_file(result, out / f"{kind}.safetensors")

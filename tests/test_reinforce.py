@@ -90,7 +90,9 @@ def test_the_first_log_ratio_is_the_largest_of_all_processes(mini, tmp_path, mon
     with pytest.raises(Stop, match="log ratio 0.5 before the first update of step 1, expected"):
         run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "1", *MINI)
     monkeypatch.setattr(guards, "max_over_processes", lambda gap: 2 * gap)
-    assert guards.check_first_ratio(2e-5, step=1) == 4e-5  # a rounding, which is logged
+    rounding = torch.tensor([1e-5, -2e-5])  # which is logged
+    got = guards.check_first_ratio(rounding, step=1, dtype=torch.float32)
+    assert got == pytest.approx(4e-5)
 
 
 TWO_PROCESSES = """

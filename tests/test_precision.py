@@ -1,0 +1,189 @@
+"""Computing in bfloat16: weights, Adam and reductions stay float32, and what is rounded is bounded.
+
+Run: python -m pytest tests/test_precision.py
+"""
+
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dgpo
+import kernels
+from data import Question
+from episode import Episode
+from infra import guards
+from infra.run import Stop
+from model import Critic, load_decoder
+from rollout import generate
+from session import compute_dtype
+from settings import TrainSettings
+from tests.support.runs import Spy, policies, run
+
+BF16 = 2**-8  # half of its last place, relative
+MAX_SAMPLER_GAP = 0.02  # mean, nats a token: of two layers
+FLAGS = ["--steps", "2", "--prompts-per-step", "8", "--minibatch-size", "4", "--eval-every", "2"]
+
+
+def gradients(decoder: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Of a loss on the hidden states and the head's log-probabilities, flat, in float64."""
+    decoder.zero_grad()
+    hidden = decoder.hidden(ids)
+    logprobs, entropy = kernels.head_logprobs(hidden[0], decoder.head_weight, ids[0])
+    (logprobs.mean() + 0.1 * entropy.mean()).backward()
+    return torch.cat([p.grad.double().flatten() for p in decoder.parameters()])
+
+
+def test_gradients_are_as_near_to_float64_as_those_of_a_network_that_is_all_bf16(mini):
+    ids = torch.arange(7, 90)[None]
+    exact = gradients(load_decoder(mini / "teacher", dtype=torch.float64), ids)
+    plain = gradients(load_decoder(mini / "teacher", dtype=torch.bfloat16), ids)
+    decoder = load_decoder(mini / "teacher")
+    full = gradients(decoder, ids)
+    decoder.compute_dtype = torch.bfloat16
+    ours = gradients(decoder, ids)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in decoder.parameters())
+    error, naive, small = ((x - exact).norm() / exact.norm() for x in (ours, plain, full))
+    assert small < BF16 / 100 < error <= naive + BF16
+
+
+def test_activations_logits_and_the_cache_have_the_compute_dtype(mini, monkeypatch):
+    student, _ = policies(mini)
+    student.decoder.compute_dtype = torch.bfloat16
+    ids = torch.arange(5, 25)[None]
+    assert student.decoder.hidden(ids).dtype == student.decoder(ids).dtype == torch.bfloat16
+    critic = Critic.from_decoder(student.decoder)
+    torch.nn.init.ones_(critic.value_head.weight)
+    values = critic.values(ids)
+    assert values.dtype == torch.float32 and critic.backbone.compute_dtype == torch.bfloat16
+    drawn = Spy(monkeypatch, torch.nn.functional, "linear")
+    settings = TrainSettings(max_turns=0, max_new_tokens=4, max_context_tokens=64, prompt="short")
+    [episode] = generate(student, None, [Question("a", "who?", ("x",), "s")], settings, seed=0)
+    assert episode.num_agent_tokens > 0 and not any(
+        arguments[1].dtype == torch.float32 for arguments, _, _ in drawn.calls)
+    assert all(p.dtype == torch.float32 for p in student.decoder.parameters())
+
+
+def test_bf16_is_what_a_gpu_computes_in_unless_told():
+    settings, cuda, cpu = TrainSettings(), torch.device("cuda"), torch.device("cpu")
+    assert (compute_dtype(settings, cuda), compute_dtype(settings, cpu)) == (
+        torch.bfloat16, torch.float32)
+    settings.compute_dtype = "float32"
+    assert compute_dtype(settings, cuda) == torch.float32
+
+
+# ---- heads ----
+
+
+@pytest.mark.parametrize("loss", [dgpo.kd_loss, dgpo.exact_kl])
+def test_heads_take_states_in_bf16_and_weights_in_float32(loss):
+    generator = torch.Generator().manual_seed(0)
+    hidden, guide = torch.randn(2, 8, 16, generator=generator).bfloat16()
+    weight, guide_weight = torch.randn(2, 300, 16, generator=generator)
+    targets = torch.arange(8)
+
+    def results(hidden, weight, guide, guide_weight):
+        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        total, _ = kernels.head_divergence(loss, hidden, weight, guide, guide_weight, targets)
+        logprobs, entropy = kernels.head_logprobs(hidden, weight, targets)
+        (total + logprobs.sum() + entropy.sum()).backward()
+        assert (hidden.grad.dtype, weight.grad.dtype) == (hidden.dtype, weight.dtype)
+        return [x.detach().double() for x in (
+            total[None], logprobs, entropy, hidden.grad, weight.grad)]
+
+    mixed = results(hidden, weight, guide, guide_weight)
+    exact = results(*(x.double() for x in (hidden, weight, guide, guide_weight)))
+    plain = results(*(x.bfloat16() for x in (hidden, weight, guide, guide_weight)))
+    for ours, naive, truth in zip(mixed, plain, exact, strict=True):
+        scale = truth.abs().max()
+        assert (ours - truth).abs().max() <= (naive - truth).abs().max() + BF16 * scale
+
+
+def test_heads_compute_the_same_where_a_user_has_turned_autocast_on():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (8, 300))
+    targets = torch.arange(8)
+
+    def results(*, casts: bool) -> list[torch.Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            logprobs, entropy = kernels.head_logprobs(leaf, weight, targets)
+            total, _ = kernels.head_divergence(
+                dgpo.kd_loss, leaf, weight, hidden.flip(0), weight, targets)
+            (total + (logprobs + entropy).sum()).backward()
+        return [logprobs, entropy, total, leaf.grad]
+
+    for plain, cast in zip(results(casts=False), results(casts=True), strict=True):
+        assert torch.equal(plain, cast)
+
+
+# ---- what the sampler rounds otherwise ----
+
+
+def test_importance_weights_by_hand():
+    old = torch.tensor([[-1.0, -2.0, -3.0, 0.0]])
+    sampled = torch.tensor([[-1.0, -2.5, -1.0, math.nan]])
+    mask = torch.tensor([[True, True, True, False]])
+    got = dgpo.importance_weights(old, sampled, mask, cap=1.5)
+    torch.testing.assert_close(got, torch.tensor([[1.0, 1.5, math.exp(-2.0), 1.0]]))
+    assert dgpo.importance_weights(old, old, mask, cap=1.0).tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize(("flags", "cap"), [
+    (["--compute-dtype", "bfloat16"], 2.0), ([], None), (["--importance-cap", "0.5"], 0.5),
+    (["--compute-dtype", "bfloat16", "--importance-cap", "0"], None)])
+def test_advantages_are_weighted_in_bf16_or_where_it_is_asked_for(
+    mini, tmp_path, monkeypatch, flags, cap
+):
+    monkeypatch.setattr(Episode, "score", property(lambda e: float(e.num_agent_tokens % 2)))
+    weights, loss = Spy(monkeypatch, dgpo, "importance_weights"), Spy(
+        monkeypatch, dgpo, "policy_loss")
+    white = Spy(monkeypatch, dgpo, "whiten")
+    rows = run(mini, tmp_path / "run", "--phase", "dgpo", *FLAGS[2:], "--steps", "1", *flags)
+    assert rows[0]["rollout/sampler_gap"] < MAX_SAMPLER_GAP
+    learnt = torch.cat([arguments[2] for arguments, _, _ in loss.calls]).sort().values
+    [((_, mask), _, advantages)] = white.calls
+    if cap is None:
+        assert not weights.calls
+        assert torch.equal(learnt, advantages[mask].sort().values)
+        return
+    [((old, sampled, _), options, got)] = weights.calls
+    assert options == {"cap": cap} and torch.equal(learnt, (advantages * got)[mask].sort().values)
+    expected = (old - sampled)[mask].exp().clamp(max=cap)
+    torch.testing.assert_close(got[mask], expected)
+    assert (old - sampled)[mask].abs().max() > 0
+
+
+def test_the_first_log_ratio_is_bounded_by_what_the_dtype_rounds():
+    def check(*gaps: float, dtype: torch.dtype) -> float:
+        return guards.check_first_ratio(torch.tensor(gaps), 1, dtype)
+
+    assert check(0.3, 0.0, -0.01, 0.0, 0.0, 0.0, 0.0, dtype=torch.bfloat16) == pytest.approx(0.3)
+    with pytest.raises(Stop, match="mean log ratio 0.2.* expected at most 0.05"):
+        check(0.3, 0.1, dtype=torch.bfloat16)
+    with pytest.raises(Stop, match="^log ratio 0.3.* expected at most 0.0001"):
+        check(0.3, 0.0, dtype=torch.float32)
+    assert guards.check_first_ratio(torch.zeros(0), 1, torch.float32) == 0.0
+
+
+# ---- runs ----
+
+
+@pytest.mark.parametrize("phase", ["kd", "dgpo", "grpo", "gkd"])
+def test_a_run_in_bf16_learns_saves_float32_and_resumes_to_the_bit(mini, tmp_path, phase):
+    flags = ["--phase", phase, "--compute-dtype", "bfloat16", "--eval-every", "2"]
+    flags += ["--epochs", "0.67"] if phase == "kd" else ["--steps", "2"]
+    flags += ["--kl-in", "exact"] if phase == "dgpo" else []
+    rows = run(mini, tmp_path / "run", *flags, "--save-every", "1")
+    plain = run(mini, tmp_path / "plain", *flags, "--compute-dtype", "float32")
+    state = tmp_path / "run" / "state"
+    newest = max(state.iterdir())
+    for path in (tmp_path / "run" / "model.safetensors", *newest.glob("*.safetensors")):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}, path
+    name = "loss/kd" if phase in ("kd", "gkd") else "loss/entropy"
+    assert rows[0][name] != plain[0][name]
+    assert rows[0][name] == pytest.approx(plain[0][name], rel=0.05)
+    shutil.rmtree(newest)
+    assert run(mini, tmp_path / "run", *flags, "--save-every", "1", "--resume") == rows
