@@ -153,8 +153,8 @@ class GeneratorSettings:
     prompt: str = setting("qagent", "qagent: our words; FILE with {question}: the published text",
                           reads="qagent|paper|short|row|FILE")
     max_queries: int = setting(3, "queries of one search; 0: any number", rare=True)
-    generator: str = setting("", "checkpoint that answers from passages, or "
-                             "http://.../v1/chat/completions", reads="URL|DIR")
+    generator: str = setting("", "reads passages, answers; or http://.../v1/chat/completions",
+                             reads="URL|DIR")
     generator_model: str = setting("", "the model's name, for a generator behind http")
     generator_prompt: str = setting("", "a file with {passages} and {question}; empty: our words",
                                     reads="FILE", rare=True)

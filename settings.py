@@ -67,7 +67,7 @@ class TrainSettings(RolloutSettings, RunSettings):
     kl_in: str = setting("reward", "Eq. 4's KL: a reward, or in the loss: k3, k2, exact",
                          choices=("reward", "loss", "loss_k2", "exact"), when="kl_where wrong all")
     guide_weight: float = setting(1.0, "of the exact KL, in place of beta", when="kl_in exact")
-    mean_over: str = setting("token", "the policy's loss is a mean over tokens, or episodes' means",
+    mean_over: str = setting("token", "what the policy's loss is a mean over",
                              choices=("token", "episode"))
     advantage: str = setting("", "group: as GRPO's; empty: by phase", choices=("", "gae", "group"))
     group_size: int = setting(5, "episodes of one question", when="advantage group")

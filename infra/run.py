@@ -88,8 +88,7 @@ class RunSettings:
     grad_clip: float = setting(1.0, "largest norm of a gradient", above=0, rare=True)
     micro_batch_tokens: int = setting(16384, "tokens per forward pass; lower it to save memory",
                                       at_least=1)
-    compute_dtype: str = setting("", "of activations and GEMMs, weights and Adam stay float32; "
-                                 "empty: bfloat16 on a GPU, else float32",
+    compute_dtype: str = setting("", "of GEMMs; empty: bfloat16 on CUDA, else float32",
                                  choices=("", "float32", "bfloat16"))
     checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower",
                                   rare=True)

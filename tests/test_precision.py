@@ -101,6 +101,28 @@ def test_heads_take_states_in_bf16_and_weights_in_float32(loss):
         assert (ours - truth).abs().max() <= (naive - truth).abs().max() + BF16 * scale
 
 
+def test_the_gradient_of_a_float32_weight_is_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_ROWS_ELEMENTS", {"cpu": 3})  # a tile a row
+    hidden = torch.tensor([[1.0], [0.7], [-0.3]]).bfloat16().requires_grad_()
+    weight = torch.tensor([[0.5], [-0.25], [0.125]], requires_grad=True)
+    total, _ = kernels.head_divergence(
+        dgpo.kd_loss, hidden, weight, hidden.detach(), weight.detach().flip(0), torch.arange(3))
+    total.backward()
+    assert (weight.grad.bfloat16().float() != weight.grad).any()
+
+
+def test_a_sampler_in_bf16_casts_each_weight_once_and_leaves_the_module_as_it_was(mini):
+    student, _ = policies(mini)
+    layers = [m for m in student.decoder.modules() if isinstance(m, torch.nn.Linear)]
+    with kernels.in_blocks(student.decoder, torch.bfloat16):
+        used = [vars(layer)["forward"].keywords for layer in layers]
+        assert {options["weight"].dtype for options in used} == {torch.bfloat16}
+        assert {options["bias"].dtype for options in used if options["bias"] is not None} == {
+            torch.bfloat16}
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert {p.dtype for p in student.decoder.parameters()} == {torch.float32}
+
+
 def test_heads_compute_the_same_where_a_user_has_turned_autocast_on():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator) for n in (8, 300))

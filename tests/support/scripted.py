@@ -42,6 +42,7 @@ class ScriptedDecoder(torch.nn.Module):
         self.tokenizer, self.scripts = tokenizer, scripts
         self.notices = [notice.encode() for notice in (SEARCH_R1.notice, *notices)]
         self.head_weight = 100.0 * torch.eye(tokenizer.size + HEAD_PADDING)
+        self.compute_dtype = None
         self.config = new_decoder(decoder_config(32, tokenizer.size), seed=0).config
 
     def hidden(
