@@ -23,7 +23,7 @@ from infra.cli import Parser
 from infra.programs import number
 
 SEEDS = (0, 1, 2)
-CURVE_POINTS = 40  # of a recorded curve, about
+CURVE_POINTS = 60  # of a recorded curve, about
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
 

@@ -24,14 +24,16 @@ def memory_report(
         (2 * weights + adam, "weights, gradients and Adam",
          f"--shard (now {settings.shard}) over more processes"),
         (max(0, peak - 2 * weights - adam), "the rest of the peak, activations above all",
-         f"--micro-batch-tokens (now {settings.micro_batch_tokens}), or --checkpointing"),
+         f"--micro-batch-tokens (now {settings.micro_batch_tokens}), --checkpointing, or "
+         "--compute-dtype bfloat16"),
     ]
     decoder = networks.get("actor", networks.get("student"))
     if decoder is not None:
         c = decoder.config
         slots = settings.max_context_tokens * settings.rollout_rows
         bytes_a_slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim
-        parts.append((slots * bytes_a_slot * decoder.head_weight.element_size(),
+        dtype = decoder.compute_dtype or decoder.head_weight.dtype
+        parts.append((slots * bytes_a_slot * dtype.itemsize,
                       "keys and values of a rollout",
                       f"--rollout-rows (now {settings.rollout_rows}) or --max-context-tokens "
                       f"({settings.max_context_tokens})"))

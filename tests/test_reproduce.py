@@ -423,13 +423,13 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
 
 
 def test_a_long_curve_is_recorded_as_means_of_neighbouring_steps(tmp_path):
-    steps = [{"step": n + 1, "rollout/score": n / 100} for n in range(100)]
-    steps[99]["eval/score"] = 0.5
+    steps = [{"step": n + 1, "rollout/score": n / 100} for n in range(120)]
+    steps[119]["eval/score"] = 0.5
     write_run(tmp_path, {"phase": "dgpo"}, steps)
     curve = rows.training_record(tmp_path, ("rollout/score", "eval/score"))["curve"]
-    assert curve["step"][:2] == [2, 4] and len(curve["step"]) == 50
+    assert curve["step"][:2] == [2, 4] and len(curve["step"]) == 60
     assert curve["rollout/score"][:2] == [0.005, 0.025]
-    assert curve["eval/score"] == [None] * 49 + [0.5]
+    assert curve["eval/score"] == [None] * 59 + [0.5]
 
 
 def record(
@@ -521,6 +521,9 @@ def test_the_records_that_the_repository_keeps_give_the_tables_of_its_pages():
     assert re.search(r"^DGPO +0\.995 .* 0\.741 \u00b10\.008$", text, re.MULTILINE)
     assert re.search(r"^DGPO > KD +holds +\+0\.1567 \[\+0\.1441, \+0\.1690\]", text, re.MULTILINE)
     assert "KD                         157, 152, 172" in text
+    text = guidance.report(ROOT / "docs" / "results" / "guidance")
+    assert re.search(r"^kd1, exact, wrong +0\.979 .* 0\.690 \u00b10\.030$", text, re.MULTILINE)
+    assert re.search(r"^kd1, exact, wrong > kd1, exact, all +holds +\+0\.1350", text, re.MULTILINE)
     text = reproduce_bard.report(ROOT / "docs" / "results" / "bard")
     assert re.search(r"^BARD +0\.872  0\.937", text, re.MULTILINE)
     text = reproduce_qagent.report(ROOT / "docs" / "results" / "qagent")

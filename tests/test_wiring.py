@@ -78,7 +78,7 @@ def test_memory_is_told_by_what_is_held():
         head_weight=torch.zeros(1))
 
     class Network(torch.nn.Linear):
-        config, head_weight = decoder.config, decoder.head_weight
+        config, head_weight, compute_dtype = decoder.config, decoder.head_weight, None
 
     network = Network(2**18, 2**10, bias=False, device="meta")  # 1 GiB
     adam = torch.optim.AdamW(network.parameters())
@@ -89,6 +89,9 @@ def test_memory_is_told_by_what_is_held():
     sizes = [float(line.split()[0]) for line in report.splitlines()[1:]]
     # 2 * 2 * 3 * 4 floats a slot; what is left of 8 GiB; weights and gradients, and Adam.
     assert sizes == [12.0, 5.5, 2.5]
+    network.compute_dtype = torch.bfloat16  # that of the cache
+    report = memory_report(2**33, {"student": network}, {"student": adam}, settings)
+    assert [float(line.split()[0]) for line in report.splitlines()[1:]] == [6.0, 5.5, 2.5]
 
 
 def begin(tmp_path: Path) -> Run:
