@@ -75,7 +75,8 @@ class TrainSettings(RolloutSettings, RunSettings):
     gae_lambda: float = setting(1.0, "lambda of GAE", at_most=1, when="advantage gae")
     clip_eps: float = setting(0.2, "epsilon of Eq. 2", above=0)
     importance_cap: float | None = setting(None, "largest weight for what the sampler rounds "
-                                           "otherwise; 0: none; none: 2 in bfloat16", rare=True)
+                                           "otherwise; 0: none; none: 2 in bfloat16", at_least=0,
+                                           rare=True)
     value_clip_eps: float = setting(0.5, "of the critic's change", above=0, when="advantage gae")
     entropy_weight: float = setting(0.001, "weight of the entropy bonus")
 

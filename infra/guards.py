@@ -12,7 +12,7 @@ from infra.run import Stop
 # Before the first update the policy is the one that acted. Two layers stay below 1e-5 (a test); the
 # largest gap in 400 steps of the embedded world's models was 2.6e-5. A real mismatch ends the run.
 MAX_FIRST_LOG_RATIO = 1e-4
-# In bf16 a token's logprob depends on what is packed beside it, so the bound is of their mean.
+# In bf16 a token may round otherwise beside other tokens, so the bound is of their mean.
 MAX_MEAN_LOG_RATIO = 0.05
 
 
