@@ -313,7 +313,7 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
         result["arcap"] = read_json(out / "arcap.json")["arcap"]
     if (model / "run.json").exists():
         result.update(rows.training_record(model, CURVE))
-        settings = result["train"]["settings"]
+        settings = read_json(model / "run.json")["settings"]
         reinforces = settings["phase"] in REINFORCE
         result["collapsed"] = reinforces and result["num_steps"] < settings["steps"]
         steps = read_lines(model / "perf.jsonl")

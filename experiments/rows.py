@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from experiments.jobs import ROOT
 from infra.checkpoint import write_aside
 from infra.cli import Parser
 from infra.programs import number
+from settings import TrainSettings
 
 SEEDS = (0, 1, 2)
+DEFAULTS = asdict(TrainSettings())
 CURVE_POINTS = 60  # of a recorded curve, about
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
@@ -139,9 +141,12 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
         values = [mean_of(block, key) for block in blocks]
         if any(value is not None for value in values):
             curve[key] = values
+    run = read_json(run_dir / "run.json")
+    # Settings at their defaults of that commit are left out, and what is of this machine alone.
+    run["settings"] = {name: value for name, value in run["settings"].items()
+                       if name == "phase" or value != DEFAULTS.get(name, ...)}
     return {
-        "train": {key: value for key, value in read_json(run_dir / "run.json").items()
-                  if key not in ("paths", "history")},  # of this machine
+        "train": {key: value for key, value in run.items() if key not in ("paths", "history")},
         "num_steps": len(metrics),
         "train_s": seconds(run_dir),
         "curve": curve,
@@ -151,7 +156,7 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
 def mean_of(steps: Sequence[Record], key: str) -> float | None:
     """The mean of a metric over those of these steps that have it."""
     values = [step[key] for step in steps if step.get(key) is not None]
-    return round(float(np.mean(values)), 4) if values else None
+    return round(float(np.mean(values)), 3) if values else None
 
 
 def seconds(run_dir: Path) -> float:

@@ -359,8 +359,8 @@ def mean(label: str) -> str:
     return f"{statistics.mean(recorded_averages()[label]):.3f}"
 
 
-def pair_mean(pair: str, row: str) -> str:
-    paths = sorted((RECORDS / pair).glob(f"{row}-[0-9].json"))
+def guidance_mean(row: str) -> str:
+    paths = sorted((RECORDS.parent / "guidance").glob(f"{row}-[0-9].json"))
     assert len(paths) == 3
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return f"{statistics.mean(record['average']['em'] for record in records):.3f}"
@@ -385,11 +385,16 @@ def test_numbers_on_the_readme_are_those_of_the_records():
         "DGPO ([0-9.]+), KD": mean("DGPO"),
         ", KD ([0-9.]+), PPO": mean("KD"),
         r", PPO ([0-9.]+)\.": mean("PPO"),
+        r"weak student \(([0-9.]+)\)": guidance_mean("kd1"),
+        ": ([0-9.]+) on wrong": guidance_mean("kd1-exact"),
+        "episodes, ([0-9.]+) on all": guidance_mean("kd1-uniform"),
+        "on all, ([0-9.]+) without": guidance_mean("kd1-none"),
+        "cold start: ([0-9.]+), and": guidance_mean("plain-exact"),
+        r"and PPO ([0-9.]+)\.": guidance_mean("plain-none"),
+        "gives ([0-9.]+) there": guidance_mean("kd1-reward"),
         ": ([0-9.]+) selective": mean("DGPO"),
         "selective, ([0-9.]+) uniform": mean("(b) uniform KL"),
         "uniform, ([0-9.]+) none": mean("(c) w/o teacher guidance"),
-        r"\(DGPO ([0-9.]+)\)": mean("(a) w/o cold start"),
-        r"reaches ([0-9.]+)\.": pair_mean("llama", "ppo"),
     }
     checked = []
     for pattern, value in expected.items():

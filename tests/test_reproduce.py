@@ -416,7 +416,7 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     reproduce.write_record("dgpo", 0, tmp_path / "model", out, tmp_path / "record.json")
     record = read_json(tmp_path / "record.json")
     assert (record["row"], record["seed"], record["correct"]) == ("dgpo", 0, {"nq": "10"})
-    assert record["curve"] == {"step": [1, 2], "rollout/score": [0.25, 0.1235]}
+    assert record["curve"] == {"step": [1, 2], "rollout/score": [0.25, 0.123]}
     assert record["train_s"] == 4.0 and record["step_s"] == {"rollout_s": 1.5}
     assert record["collapsed"]  # two of three steps
     assert "arcap" not in record and "cores" in record["machine"]
