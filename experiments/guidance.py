@@ -52,7 +52,7 @@ OTHERS = {
 PAPER_ORDERINGS = [("kd1-exact", row) for row in (
     "kd1", "ppo", "grpo", "sft-ppo", "plain-exact", "ppo-kd", "kd1-grpo")]
 PAPER_ORDERINGS += [("plain-exact", "ppo"), ("sft-ppo", "ppo")]
-CURVES = ("plain-none", "plain-exact", "kd1-none", "kd1-reward", "kd1-exact", "kd1-uniform",
+CURVES = ("plain-exact", "kd1-none", "kd1-reward", "kd1-exact", "kd1-uniform",
           "kd1-grpo")
 
 

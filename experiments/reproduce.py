@@ -108,7 +108,7 @@ BELOW_DGPO = ("kd", "kd-long", "ppo", "gkd", "distillm", "taid", "sft-ppo", "wit
               "uniform-kl", "without-teacher", "ppo-kd", "dgpo-grpo", "kd-gkd")  # in the paper
 ORDERINGS = [("kd", "seqkd"), *(("dgpo", row) for row in BELOW_DGPO)]
 CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guide",
-         "rollout/searches", "rollout/agent_tokens", "rollout/invalid", "rollout/max_tokens")
+         "rollout/searches", "rollout/agent_tokens")
 
 
 @dataclass(frozen=True)
