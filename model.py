@@ -24,7 +24,7 @@ from tokenizer import FILES, Tokenizer
 from weights import fill, save_tensors
 
 torch.set_float32_matmul_precision("highest")  # float32 means that: TF32 has ten bits
-torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for each new length, in tens of ms
+torch.backends.cuda.enable_cudnn_sdp(False)  # it is said to build a plan for each new length
 
 
 class DecoderConfig:
@@ -166,7 +166,7 @@ Rotary = tuple[Tensor, Tensor]  # cos and signed sin, [B or 1, T, 1, Dh] each
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
            is_causal: bool = False) -> Tensor:
     """Attention of q [B, H, T, Dh] to k, v [B, KV, L, Dh], each read by H / KV heads."""
-    if q.is_cuda and q.dtype == torch.float32:  # no fast kernel groups float32 queries
+    if q.is_cuda and q.dtype == torch.float32:  # torch 2.13 has no fast kernel that groups these
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     is_grouped = q.shape[1] != k.shape[1]
     return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)

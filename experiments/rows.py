@@ -142,7 +142,7 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
         if any(value is not None for value in values):
             curve[key] = values
     run = read_json(run_dir / "run.json")
-    # Settings at their defaults of that commit are left out, and what is of this machine alone.
+    # Left out: settings at train.py's defaults of that commit, and what is of this machine alone.
     run["settings"] = {name: value for name, value in run["settings"].items()
                        if name == "phase" or value != DEFAULTS.get(name, ...)}
     return {

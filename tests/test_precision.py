@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import dgpo
 import kernels
+import model
 from data import Question
 from episode import Episode
 from infra import guards
@@ -64,6 +65,24 @@ def test_activations_logits_and_the_cache_have_the_compute_dtype(mini, monkeypat
     assert episode.num_agent_tokens > 0 and not any(
         arguments[1].dtype == torch.float32 for arguments, _, _ in drawn.calls)
     assert all(p.dtype == torch.float32 for p in student.decoder.parameters())
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_float32_queries_on_a_gpu_meet_keys_for_each_head(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (6, 2, 2))
+    expected = model.attend(q, k, v, is_causal=True)
+    calls = Spy(monkeypatch, model, "attention")
+    got = model.attend(*(x.as_subclass(OnCuda) for x in (q, k, v)), is_causal=True)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), expected, atol=1e-6, rtol=0)
+    model.attend(*(x.bfloat16().as_subclass(OnCuda) for x in (q, k, v)), is_causal=True)
+    assert [(arguments[1].shape[1], options["enable_gqa"]) for arguments, options, _ in
+            calls.calls] == [(6, False), (2, True)]
 
 
 def test_bf16_is_what_a_gpu_computes_in_unless_told():
