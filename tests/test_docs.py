@@ -188,13 +188,26 @@ def test_metrics_in_the_page_are_written_by_the_code():
     assert not [word for word in words if not re.search(rf"\b{word}\b|_{word}\b", code)]
 
 
-def test_the_tree_in_the_readme_names_every_file_and_no_other():
-    [tree] = [block for _, block in code_blocks(README) if "dgpo.py " in block]
-    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    wings = ("infra", "formats", "world", "experiments", "examples")
-    files = {name_of(path) for folder in ("", *wings) for path in (ROOT / folder).glob("*.py")}
+WINGS = ("infra", "formats", "world", "experiments", "examples")
+
+
+def listed(page: Path) -> set[str]:
+    """What the blocks of a page that list files name, a file or folder a line."""
+    blocks = [block for _, block in code_blocks(page) if re.match(r"[\w/]+\.py ", block)]
+    return {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
+
+
+@pytest.mark.parametrize(("page", "folders"), [(README, [""]), (ROOT / "docs/files.md", WINGS)],
+                         ids=["top level", "wings"])
+def test_pages_that_list_files_name_every_one_and_no_other(page, folders):
+    named = listed(page)
+    files = {name_of(path) for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert {name for name in named if name.endswith(".py")} == files
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_readme_names_every_wing():
+    assert {f"{wing}/" for wing in WINGS} <= listed(README)
 
 
 # ---- commands ----
