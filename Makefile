@@ -55,6 +55,7 @@ demo: $(STAMP)    ## run the method on the embedded world: table, picture, episo
 reproduce: $(STAMP)  ## run every row of the paper's tables, three seeds (hours)
 	$(PY) -m experiments.reproduce rows
 	$(PY) -m experiments.reproduce pairs
+	$(PY) -m experiments.guidance run
 
 reproduce-qagent: $(STAMP)  ## run QAgent's stages, Search-R1 and naive RAG for two generators
 	$(PY) -m experiments.qagent run

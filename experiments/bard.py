@@ -9,6 +9,8 @@ Rows, each over three seeds
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
+    guided      BARD, and on answers that are worth nothing the exact KL to sft-teacher
+    sft-teacher bard-sft of the teacher, which guides: a teacher that has been told budgets
 Each row distils on about as many tokens: a chain in up to sixteen versions, or the chain ten times.
 The rows that are reinforced take the same number of steps. An interrupted run goes on when it is
 called again.
@@ -59,6 +61,7 @@ ROWS = {
         measure=("--budget-text", ""),
     ),
     "sft": Row("SFT only", "bard-sft"),
+    "sft-teacher": Row("SFT of the teacher", "bard-sft"),
     "rl": Row("RL only", "bard-rl", begins="agnostic"),
     "bard": Row("BARD", "bard-rl", begins="sft"),
     # This reward pays for short wrong answers. The guard against a collapse is off, so that the row
@@ -69,7 +72,15 @@ ROWS = {
         begins="sft",
         flags=("--budget-reward", "additive", "--no-stop-on-collapse"),
     ),
-}  # fmt: skip
+    "guided": Row(
+        "BARD, guided",
+        "bard-rl",
+        begins="sft",
+        teacher="sft-teacher",
+        flags=("--kl-where", "wrong", "--kl-in", "exact"),
+    ),
+}
+STARTS = {"sft-teacher": TRAILS / "teacher"}  # the rows that do not begin from the student
 CURVE = (
     "eval/score", "eval/adherence", "rollout/score", "rollout/reward", "rollout/thinking",
     "rollout/adherence", "rollout/equal_groups", "loss/entropy",
@@ -103,15 +114,17 @@ def data_job(runs: Path, seed: int) -> Job:
 def row_job(runs: Path, name: str, seed: int) -> Job:
     """Train a row."""
     row, folder = ROWS[name], runs / f"{name}-{seed}"
-    student = runs / f"{row.begins}-{seed}" if row.begins else TRAILS / "student"
+    student = runs / f"{row.begins}-{seed}" if row.begins else STARTS.get(name, TRAILS / "student")
     episodes = versions(runs, seed)
     if row.phase == "sft":
         episodes = episodes.with_suffix(".chains.jsonl")
     command = train_command(row, PRESETS, student=student, run_dir=folder, seed=seed)
     command += ["--save-every", "20"]
+    if row.teacher:
+        command += ["--teacher", str(runs / f"{row.teacher}-{seed}")]
     if row.phase != "bard-rl":
         command += ["--episodes", str(episodes)]
-    needs = (f"data {seed}", *([f"{row.begins} {seed}"] if row.begins else []))
+    needs = (f"data {seed}", *(f"{other} {seed}" for other in (row.begins, row.teacher) if other))
     return Job(f"{name} {seed}", lambda: command, folder / "model.safetensors", needs)
 
 
@@ -195,7 +208,7 @@ def report(records: Path) -> str:
         "Accuracy with a hard stop: differences; ! the paired 95 % interval over questions "
         "excludes 0\n"
     )
-    for other in ("agnostic", "sft", "rl", "additive"):
+    for other in ("agnostic", "sft", "rl", "additive", "guided"):
         if common_seeds(runs_of.get("bard", []), runs_of.get(other, [])):
             text = accuracy_differences(runs_of["bard"], runs_of[other])
             lines.append(f"BARD > {ROWS[other].label}: {text}")

@@ -225,7 +225,7 @@ def parse_experiment(
 ) -> argparse.Namespace:
     """experiment, runs, records, rows and seeds of a command.
 
-    A row brings the rows that it begins from; all are in the order of the experiment's table.
+    A row brings the rows that it begins from and that guide it; all are in the table's order.
     """
     parser = Parser(
         prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -242,7 +242,10 @@ def parse_experiment(
     options.runs = options.runs.resolve()
     options.records = options.records or options.runs / "records"
     names = set(options.rows)
-    while missing := {rows[name].begins for name in names} & set(rows) - names:
-        names |= missing
+    while True:
+        others = {other for name in names for other in (rows[name].begins, rows[name].teacher)}
+        if not others & set(rows) - names:
+            break
+        names |= others & set(rows)
     options.rows = [name for name in rows if name in names]
     return options

@@ -612,8 +612,19 @@ def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
     assert commands["bard 1"].advantage == "group"
     assert commands["additive 1"].budget_reward == "additive"
     assert not commands["additive 1"].stop_on_collapse
-    steps = {commands[f"{name} 1"].steps for name in ("rl", "bard", "additive")}
+    assert commands["sft-teacher 1"].student.endswith("trails/teacher")
+    guided = commands["guided 1"]
+    assert guided.student.endswith("sft-1") and guided.teacher.endswith("sft-teacher-1")
+    assert (guided.kl_where, guided.kl_in) == ("wrong", "exact")
+    assert {job.name: job for job in jobs}["guided 1"].needs == ("data 1", "sft 1", "sft-teacher 1")
+    steps = {commands[f"{name} 1"].steps for name in ("rl", "bard", "additive", "guided")}
     assert len(steps) == 1  # rows that are reinforced take as many steps
+
+
+def test_a_row_of_bard_brings_the_rows_that_it_needs(tmp_path):
+    argv = ["run", "--rows", "guided"]
+    options = rows.parse_experiment(argv, "bard", "Doc", reproduce_bard.ROWS, "bard")
+    assert options.rows == ["sft", "sft-teacher", "guided"]
 
 
 def test_bard_is_measured_at_trained_and_held_out_budgets(tmp_path):
