@@ -99,7 +99,7 @@ def write_json(path: Path, record: Record) -> None:
         bits = converted(record["correct"], lambda text: f"{int('1' + text, 2):x}")
         record = {**record, "correct": bits}
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record).replace(f"{ROOT}/", "")
+    text = json.dumps(record, separators=(",", ":")).replace(f"{ROOT}/", "")
     write_aside(path, lambda partial: partial.write_text(text + "\n"))
 
 
