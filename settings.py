@@ -19,6 +19,8 @@ DISTANCES = {"taid": "taid", "gkd": "reverse", "distillm": "skew"}  # of other p
 @dataclass
 class TrainSettings(RolloutSettings, RunSettings):
     phase: str = setting("kd", "what to run", choices=PHASES)
+    plan: str = setting("", "print what it would take, and end: on here, 8x80GB (cards), 1x141GB",
+                        of=" ".join((*DISTIL, *REINFORCE)))
     student: str = setting("", "checkpoint to start from", reads="DIR", needed=True, of="learn")
     teacher: str = setting("", "checkpoint that guides", reads="DIR", of="teacher")
     teacher_dtype: str = setting("float32", "of frozen models", choices=("float32", "bfloat16"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from distil import Schedule, distil
 from episode import load_episodes
 from infra.run import Run, launch, run_program
+from model import DecoderConfig
 from reinforce import reinforce
 from sampling import write_episodes
 from session import Task, open_frozen, open_session, open_student
@@ -37,15 +38,23 @@ def main(argv: list[str]) -> None:
         return importlib.import_module(program).train(argv)
     settings = cli.load(TrainSettings, argv, prog="train.py", default_config=DEFAULT_CONFIG,
                         description=__doc__.split("\n")[0], finish=with_defaults)
+    if settings.plan:
+        from infra.planner import print_plan  # here, because nothing else needs it
+        return print_plan(settings, DecoderConfig, guide_of(settings))
     launch(settings, partial(train, settings=settings))
+
+
+def guide_of(settings: TrainSettings) -> str:
+    """The setting that names the guide: Eq. 4's teacher, Eq. 5's initial policy; "": none."""
+    if settings.phase in REINFORCE and settings.kl_where == "none":
+        return ""
+    return {"sft": "", "ppo": "student", "grpo": "student"}.get(settings.phase, "teacher")
 
 
 def train(run: Run, settings: TrainSettings) -> None:
     """Run one phase: open what it needs, then enter its loop."""
     phase, is_made = settings.phase, None  # None: no episodes are read
-    guide_role = {"sft": "", "ppo": "student", "grpo": "student"}.get(phase, "teacher")
-    if phase in REINFORCE and settings.kl_where == "none":
-        guide_role = ""  # else Eq. 4's teacher, or Eq. 5's initial policy
+    guide_role = guide_of(settings)
     if guide_role and not getattr(settings, guide_role):
         raise ValueError(f"--{guide_role}: got no checkpoint, expected a folder or a hub id")
     if phase in ("episodes", *DISTIL) and (phase != "gkd" or settings.student_share < 1):

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04":
          b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # how files begin that are not plain text
 
 
-def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint; an id such as "Qwen/Qwen2.5-0.5B-Instruct" is downloaded.
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # of a checkpoint's files
+
+
+def resolve(path: str | Path, patterns: Sequence[str] = PATTERNS) -> Path:
+    """The folder of a checkpoint; of an id such as "Qwen/Qwen2.5-0.5B-Instruct", the files of these
+    patterns are downloaded.
 
     A run without a result stands for its newest state.
     """
@@ -33,9 +37,8 @@ def resolve(path: str | Path) -> Path:
         from infra.hints import about_path
         raise FileNotFoundError(f"{problem}; {about_path(path)}")
     from huggingface_hub import snapshot_download  # here, because only downloads need it
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=[*patterns]))
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(f"{problem} to download ({got}); check the path") from error
