@@ -16,7 +16,7 @@ import kernels
 import rollout
 from infra import plan, planner
 from infra.plan import GIB, Episodes, Machine, Shapes
-from model import Critic, Decoder, DecoderConfig, KVCache
+from model import Critic, Decoder, DecoderConfig, KVCache, load_encoder
 from settings import TrainSettings, with_defaults
 from train import guide_of, main
 
@@ -108,7 +108,8 @@ def saved_by_autograd(decoder: Decoder, num_tokens: int) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        decoder.hidden(torch.zeros(1, num_tokens, dtype=torch.long), documents=[num_tokens // 2] * 2)
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        decoder.hidden(ids, documents=[num_tokens // 2] * 2)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
@@ -133,7 +134,17 @@ def test_with_checkpointing_the_inputs_of_layers_are_saved_and_one_layer_is_comp
     per_token = (saved_by_autograd(decoder, 192) - saved_by_autograd(decoder, 64)) / 128
     one_layer = plan.saved_bytes(config(num_hidden_layers=2), 4) - plan.saved_bytes(
         config(num_hidden_layers=1), 4)  # fmt: skip
-    assert plan.saved_bytes(c, 4, checkpointing=True) == per_token + one_layer
+    angles = 2 * c.head_dim * 4  # arguments of a checkpoint, which the hooks do not see
+    assert plan.saved_bytes(c, 4, checkpointing=True) == per_token + angles + one_layer
+
+
+def test_an_encoder_has_the_parameters_of_a_real_one(mini):
+    encoder = load_encoder(mini / "encoder")
+    real = sum(p.numel() for p in encoder.parameters())
+    public = json.loads((mini / "encoder" / "config.json").read_text())
+    size, width = planner.encoder_shape(public, DecoderConfig)
+    assert size == pytest.approx(real, rel=0.02) and width == encoder.width
+    assert planner.encoder_shape(QWEN | SMALL, DecoderConfig) == (494_032_768, 896)
 
 
 def test_tiles_are_those_of_the_kernels():
@@ -371,3 +382,10 @@ def test_the_paper_s_preset_on_eight_cards(tmp_path, capsys):
     assert "an episode has 1950 tokens" in text and "21015324 passages" in text
     main([*argv, "--plan", "8x80GB", "--micro-batch-tokens", "8192"])
     assert "fits" in capsys.readouterr().out
+
+
+def test_free_memory_is_what_the_system_says(monkeypatch):
+    said = "MemTotal: 9 kB\nMemAvailable:    3 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: said)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    assert planner.free_memory() == 3 * 1024
