@@ -240,8 +240,11 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
         parts["rollout"] = {**kept, **rollout_bytes(s, c, machine, size, episodes, is_split)}
     if teacher_asks(s, shapes):
         early = {name: kept[name] for name in kept if name != "Adam"}
-        parts["teacher asks"] = early | rollout_bytes(s, shapes.guide, machine, guide_size,
-                                                      episodes, is_split and s.shard == "all")
+        asking = rollout_bytes(s, shapes.guide, machine, guide_size, episodes,
+                               is_split and s.shard == "all")
+        if kind == "cuda":  # its weights have this dtype, and only a CPU reorders them
+            asking["sampler's copy"] = 0
+        parts["teacher asks"] = early | asking
     for stage in parts.values():
         stage["allocator's holes"] = HOLES[kind] * sum(
             stage.get(name, 0) for name in ("activations", "head", "workspace"))
