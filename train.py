@@ -53,8 +53,7 @@ def guide_of(settings: TrainSettings) -> str:
 
 def train(run: Run, settings: TrainSettings) -> None:
     """Run one phase: open what it needs, then enter its loop."""
-    phase, is_made = settings.phase, None  # None: no episodes are read
-    guide_role = guide_of(settings)
+    phase, guide_role, is_made = settings.phase, guide_of(settings), None  # None: reads no episodes
     if guide_role and not getattr(settings, guide_role):
         raise ValueError(f"--{guide_role}: got no checkpoint, expected a folder or a hub id")
     if phase in ("episodes", *DISTIL) and (phase != "gkd" or settings.student_share < 1):
