@@ -7,6 +7,7 @@ Run: python rollout.py ask "who wrote ..." --model runs/dgpo
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from infra.programs import check_paths, read_command
 from infra.record import recorded_settings
 from rollout import RolloutSettings, generate
 from session import load_policy
+from tokenizer import Tokenizer
 
 # What is taken from the run that made a model: how it acts and what it searches, not how training
 # samples, or how many episodes fit into memory.
@@ -37,6 +39,21 @@ class AskSettings(RolloutSettings):
                          "that multiply in it", choices=("float32", "bfloat16"))
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
     seed: int = setting(0, "sampling noise, when temperature > 0", at_most=2**53)
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined, that of all. Of tokens that write a character together, the
+    last one has it, and the others are empty."""
+    texts, done, start = [], 0, 0  # ids[start:done] come before, in case a blank depends on them
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:done], skip_special=False)
+        text = tokenizer.decode(ids[start:end], skip_special=False)
+        if text.endswith("\ufffd") and end < min(len(ids), done + 4):  # of at most 4 bytes
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = done, end
+    return texts
 
 
 def ask(argv: list[str]) -> None:

@@ -39,7 +39,7 @@ FLOORS = (
     ("settings", "sampling", "session"),
     ("distil", "reinforce"),
     ("baselines",),
-    ("ask", "train", "eval", "bard", "qagent", "world.*", "examples.*"),
+    ("ask", "train", "eval", "viewer", "bard", "qagent", "world.*", "examples.*"),
     ("experiments.*",),
 )
 
