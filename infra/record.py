@@ -20,7 +20,8 @@ from infra.config import ROOT
 
 RECORD = "run.json"
 # Settings that may change between a run and its resumption without a word.
-MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minutes", "processes"}
+MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minutes", "processes",
+              "log_to"}
 # Those that say which run it is, and those by which a step number finds its data. Others may
 # change with a word: learning rates, the number of steps, where passages lie.
 MUST_STAY = {

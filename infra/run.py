@@ -4,6 +4,7 @@
     metrics.jsonl       one line a step: numbers that depend on the computation alone
     perf.jsonl          one line a step: times, tokens per second, memory
     samples/            episodes as text
+    tensorboard/, wandb/  what --log-to writes
     state/              what --resume continues from; each state is a model, too
     generated/          what a student wrote for its replay buffer (distillm)
     collapse.txt        why the run was stopped, if its score collapsed
@@ -49,7 +50,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 COLLAPSED = 3  # exit status of a run that has collapsed and left its best weights
 MAX_SKIPPED = 5  # updates left out in consecutive steps before the run gives up
 LOGS = ("metrics.jsonl", "perf.jsonl")
-OF_ONE_RUN = (*LOGS, "run.json", "collapse.txt", checkpoint.MODEL, "state", "generated")
+OF_ONE_RUN = (*LOGS, "run.json", "collapse.txt", checkpoint.MODEL, "state", "generated",
+              "tensorboard", "wandb")
 SHOWN = {  # metrics beside the progress bar
     "rollout/score": "score", "eval/score": "val", "loss/kd": "loss", "loss/entropy": "entropy",
     "rollout/kl_student_guide": "kl", "rollout/searches": "searches"}
@@ -93,6 +95,8 @@ class RunSettings:
     checkpointing: bool = setting(False, "recompute activations in backward: less memory, slower",
                                   rare=True)
     max_minutes: float = setting(0.0, "end after this time, as if all steps were done; 0: never")
+    log_to: str = setting("", "also log to this package, if it is installed",
+                          choices=("", "tensorboard", "wandb"), rare=True)
     shard: str = setting("none", "split weights and Adam over processes; all: teacher's, too",
                          choices=("none", "student", "all"))
 
@@ -118,6 +122,7 @@ class Run:
         self.signal = 0  # the one that asked this process to stop
         self.record: dict[str, Any] | None = None  # run.json of the run that goes on
         self.date = date.today().isoformat()  # what templates may write; of the run's first start
+        self.track: Callable[[int, dict], object] = lambda step, metrics: None  # --log-to
         self.write_config: Callable[[], object] = lambda: None  # config.json, the tokenizer's files
 
     def say(self, text: str) -> None:
@@ -140,6 +145,9 @@ class Run:
 
         today = date.today().toordinal()
         if self.rank == 0:
+            if self.settings.log_to:
+                from infra.trackers import check_installed
+                check_installed(self.settings.log_to)
             self.lock_file, settings = record.lock(self.dir), asdict(self.settings)
             record.check_apart(self.dir, settings)
             if self.settings.resume:
@@ -186,6 +194,10 @@ class Run:
             self.resume()
         if self.rank == 0:
             self.write_record()
+            if self.settings.log_to:
+                from infra.trackers import open_tracker
+                self.track = open_tracker(
+                    self.settings.log_to, self.dir, asdict(self.settings), self.steps_done)
         self.bar = tqdm(total=num_steps, initial=self.steps_done, desc=self.settings.phase,
                         disable=self.rank != 0, mininterval=1.0)
         self.step_started = time.perf_counter()
@@ -256,6 +268,7 @@ class Run:
             for name, row in zip(LOGS, ({"step": step, **finite}, times), strict=True):
                 with (self.dir / name).open("a") as file:
                     file.write(json.dumps(row) + "\n")
+            self.track(step, {key: value for key, value in finite.items() if value is not None})
             shown = {SHOWN[key]: f"{metrics[key]:.3f}" for key in SHOWN if key in metrics}
             self.bar.set_postfix({**shown, "tok/s": f"{num_tokens / seconds:.0f}"}, refresh=False)
             self.bar.update()

@@ -468,8 +468,8 @@ def test_a_file_has_numbers_where_a_model_is_given(mini, tmp_path):
 
 def test_an_evaluation_s_folder_names_its_own_model(mini, tmp_path):
     student, _ = policies(mini)
-    episode = Episode(Question("a", "b", (), "nq"),
-                      [Segment("agent", student.tokenizer.encode("hi"))], "answered", "hi")  # fmt: skip
+    said = [Segment("agent", student.tokenizer.encode("hi"))]
+    episode = Episode(Question("a", "b", (), "nq"), said, "answered", "hi")
     save_episodes(tmp_path / "eval" / "episodes.jsonl", [episode], student.tokenizer)
     record = {"settings": {"model": str(mini / "student")}}
     (tmp_path / "eval" / "run.json").write_text(json.dumps(record))
