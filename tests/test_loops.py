@@ -440,7 +440,7 @@ def test_a_phase_implies_what_settings_leave_open(phase, implied):
 def test_ask_plays_as_its_flags_say(mini, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def generate(policy, retriever, questions, settings, *, seed):
+    def generate(policy, retriever, questions, settings, *, seed, **_):
         [question] = questions
         calls.append((policy.head.dtype, retriever, question.question, seed, settings.temperature))
         return [Episode(question, [Segment("agent", policy.tokenizer.encode("hm"))], "invalid")]
