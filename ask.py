@@ -260,12 +260,11 @@ def count_done(out: Path, questions: Sequence[Question], settings: AskSettings) 
                          "what it was made with, or another --out")
     lines = out.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # the last one may be half-written
-    for line, question in zip(whole, questions, strict=False):
-        row = json.loads(line)
-        if (row["id"], row["question"]) != (question.id, question.question):
-            raise ValueError(f"{out}: got an answer to {row['question']!r}, expected one to "
-                             f"{question.question!r}; the questions have changed: give another "
-                             "--out")
+    there = [(row["id"], row["question"]) for row in map(json.loads, whole)]
+    expected = [(question.id, question.question) for question in questions[: len(there)]]
+    if there != expected:
+        raise ValueError(f"{out}: got answers to other questions than those of "
+                         f"{settings.questions}, which has changed; give another --out")
     if len(whole) < len(lines):
         write_aside(out, lambda partial: partial.write_text("".join(whole), encoding="utf-8"))
     return len(whole)
