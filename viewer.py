@@ -25,7 +25,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ import dgpo
 from ask import token_texts
 from batch import Batch, collate, pack, response_rows
 from data import Question
-from episode import Episode, load_episodes, parse_episode
+from episode import Episode, load_episodes, parse_action, parse_episode
 from eval import MEASURES, NAMES, sort_sets
 from infra import checkpoint, cli, page
 from infra.files import read_json, read_rows
@@ -53,6 +53,7 @@ from rollout import generate
 from sampling import play
 from session import Session, Task, load_policy, open_frozen, open_session, open_student
 from settings import DISTIL, REINFORCE, TrainSettings
+from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 CHUNK = 32  # episodes that are scored between two moves of the bar
@@ -98,6 +99,8 @@ def token_numbers(models: Models, episodes: Sequence[Episode], settings: TrainSe
     The guide scores all episodes, also those that have no penalty. scores: Eq. 3, or the run's own
     reward; None for supervised training, which has no reward, value or advantage.
     """
+    if not episodes:
+        return []
     batch = collate(episodes, pad_id=models.actor.tokenizer.pad_id)
     chunks = [score_chunk(models, batch, range(i, min(i + CHUNK, len(episodes))), settings)
               for i in tqdm(range(0, len(episodes), CHUNK), desc="score", leave=False)]
@@ -259,7 +262,7 @@ def rows_of(agent: Agent, episodes: Sequence[Episode]) -> list[Row]:
 # ---- episodes as rows of the page ----
 
 
-def as_row(episode: Episode, score: float, numbers: Numbers, tokenizer: Any) -> Row:
+def as_row(episode: Episode, score: float, numbers: Numbers, tokenizer: Tokenizer) -> Row:
     """An episode for the page; only the agent's tokens stand apart, the others have no numbers."""
     segments, place = [], 0
     for segment in episode.segments:
@@ -276,11 +279,19 @@ def as_row(episode: Episode, score: float, numbers: Numbers, tokenizer: Any) -> 
         segments.append(part)
     row = about_question(vars(episode.question)) | {
         "status": episode.status or "unknown", "answer": episode.answer, "score": score,
-        "searches": episode.num_searches or len(episode.queries),
+        "searches": (episode.num_searches or len(episode.queries)
+                     or turns_that_search(episode, tokenizer)),
         "tokens": episode.num_agent_tokens, "segments": segments}
     if numbers.get("kl"):
         row["kl"] = page.rounded(sum(numbers["kl"]) / len(numbers["kl"]))
     return row
+
+
+def turns_that_search(episode: Episode, tokenizer: Tokenizer) -> int:
+    """Searches of an episode that comes from a file, which does not keep their passages."""
+    turns = [turn for turn, after in pairwise(episode.segments)
+             if (turn.author, after.author) == ("agent", "environment")]
+    return sum(parse_action(tokenizer.decode(turn.ids)).kind == "search" for turn in turns)
 
 
 def about_question(row: Row) -> Row:

@@ -34,12 +34,17 @@ def render(data: Data) -> str:
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for kind, digest in hashes.items():
         policy += f"; {kind}-src 'sha256-{digest.decode()}'"
-    # In JSON these three stand in strings alone; without them nothing ends the script element.
-    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
     parts = {"POLICY": policy, "TITLE": html.escape(replace_surrogates(data["title"])),
-             "DATA": json.dumps(data, allow_nan=False, separators=(",", ":")).translate(escapes)}
+             "DATA": to_json(data)}
     # One pass, so that a text that holds a placeholder stays text.
     return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], text)
+
+
+def to_json(data: Data) -> str:
+    """JSON for a script element, ASCII. `<`, `>` and `&` stand in strings alone, where an escape
+    is read as the character; without them nothing ends the element."""
+    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).translate(escapes)
 
 
 def own_part(text: str, kind: str) -> str:
@@ -52,7 +57,7 @@ def split(episodes: Sequence[Data]) -> list[list[Data]]:
     pages: list[list[Data]] = [[]]
     size = 0
     for episode in episodes:
-        added = len(json.dumps(episode))
+        added = len(to_json(episode))
         if pages[-1] and (len(pages[-1]) == MAX_EPISODES or size + added > MAX_BYTES):
             pages.append([])
             size = 0

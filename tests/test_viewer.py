@@ -196,6 +196,7 @@ def test_supervised_numbers_are_at_temperature_one(mini, tmp_path):
     [row] = data["episodes"][0]
     [part, *_] = [s for s in row["segments"] if s["by"] == "agent"]
     assert part.keys() == {"by", "tokens", "student", "guide", "kl"} and not row["guided"]
+    assert row["searches"] == 1  # read from its turns
     policy = viewer.load_policy(str(tmp_path / "kd"), viewer.CPU, "model")
     prompt = row["segments"][0]["n"]
     ids = policy.tokenizer.chat(viewer_messages(row["question"]))
@@ -262,6 +263,14 @@ def test_token_texts_join_to_the_text_and_keep_characters_whole(tokenizer):
     world = Tokenizer.load(ROOT / "world" / "student")
     ids = world.encode("who wrote the novel Paper Lake? <search>")
     assert token_texts(world, ids)[:3] == ["who", " wrote", " the"]
+
+
+@pytest.mark.real
+def test_token_texts_of_a_real_tokenizer(real_assets):
+    tokenizer = Tokenizer.load(real_assets / "smollm2-135m-instruct")
+    text = "<think> caf\u00e9 \u4f60\u597d \U0001f600\U0001f1eb\U0001f1f7 </think>\n\n  x"
+    ids = tokenizer.encode(text)
+    assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids) == text
 
 
 # ---- the page ----
@@ -375,6 +384,8 @@ def test_pages_are_bounded_by_episodes_and_by_bytes(tmp_path):
     long = page.write(tmp_path / "long.html", watched_data(), [[long_row(0, 20_000)]] * 9)
     assert [len(Page(path).data["episodes"]) for path in long] == [3, 3, 3]
     assert all(path.stat().st_size < MAX_PAGE_BYTES for path in long)
+    tags = [[{"text": "<" * 300_000}]] * 4  # an escape has six characters
+    assert [len(part) for part in page.split(tags)] == [2, 2]
     assert page.split([]) == [[]] and len(page.split([[long_row(0, 99_000)]] * 2)) == 2
 
 
