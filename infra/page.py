@@ -120,8 +120,21 @@ def rounded(number: float | None) -> float | None:
 
 def find_runs(folder: Path) -> list[Path]:
     """Folders of runs in a folder, or itself; the one that wrote last comes first."""
-    logs = [path for path in folder.rglob("metrics.jsonl") if path.is_file()]
-    return [log.parent for log in sorted(logs, key=lambda log: -log.stat().st_mtime)]
+    found = {path.parent for path in folder.rglob("metrics.jsonl")}
+    for path in folder.rglob("run.json"):  # of a run before its first step, or of something else
+        if path.parent.parent.name != "state" and "phase" in settings_of(path.parent):
+            found.add(path.parent)
+    return sorted(found, key=lambda run: -last_written(run))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "run.json", {}).get("settings", {})
+
+
+def last_written(folder: Path) -> float:
+    """When a run wrote its last line, or began; seconds of the clock."""
+    files = [folder / name for name in ("metrics.jsonl", "run.json")]
+    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def is_finished(folder: Path) -> bool:
@@ -133,14 +146,14 @@ def progress_table(folders: Sequence[Path], root: Path) -> Data:
     """A row for each run: how far it is, its scores, when it wrote its last line."""
     rows = []
     for folder in folders:
-        steps = read_run(folder)[1]
+        steps = read_run(folder)[1] if (folder / "metrics.jsonl").is_file() else []
         last = steps[-1] if steps else {"step": 0}
         scores = [next((step[key] for step in reversed(steps) if step.get(key) is not None), None)
                   for key in ("rollout/score", "eval/score")]
-        settings = read_json(folder / "run.json", {}).get("settings", {})
+        settings = settings_of(folder)
         newest = [read_meta(state).get("num_steps") for state in states(folder)[-1:]]
         total = settings.get("steps") if settings.get("advantage") else next(iter(newest), None)
-        age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
+        age = time.time() - last_written(folder)
         state = "collapsed" if (folder / "collapse.txt").exists() else (
             "finished" if is_finished(folder) else f"wrote {spoken(age)} ago")
         rows.append([name_in(folder, root), settings.get("phase", "?"),

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -540,11 +541,19 @@ def test_watching_draws_all_runs_until_they_have_ended(finished, tmp_path, monke
     result.rename(tmp_path / "kept")
     with (going / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rollout/score": 0.75}\n{"step": 5, "roll')  # being written
+    begun = tmp_path / "runs" / "begun"
+    begun.mkdir()
+    shutil.copy(finished / "run.json", begun / "run.json")
+    os.utime(begun / "run.json", (0, 0))
+    (tmp_path / "runs" / "eval").mkdir()
+    (tmp_path / "runs" / "eval" / "run.json").write_text('{"settings": {"model": "m"}}')
     out, pages = tmp_path / "w.html", []
 
     def sleep(seconds: float) -> None:
         pages.append((seconds, Page(out).data))
-        (tmp_path / "kept").rename(result) if len(pages) == 1 else None
+        if len(pages) == 1:
+            (tmp_path / "kept").rename(result)
+            (begun / "model.safetensors").touch()
 
     monkeypatch.setattr(viewer.time, "sleep", sleep)
     viewer.main(["watch", str(tmp_path / "runs"), "--out", str(out), "--every", "7"])
@@ -554,9 +563,10 @@ def test_watching_draws_all_runs_until_they_have_ended(finished, tmp_path, monke
     [runs] = first["tables"]
     assert runs["rows"][0][:4] == ["a", "dgpo", "4 of 3", 0.75] and "ago" in runs["rows"][0][5]
     assert runs["rows"][1][0] == "deep/b" and runs["rows"][1][5] == "finished"
-    assert [run["name"] for run in first["runs"]] == ["a", "deep/b"]
+    assert runs["rows"][2][:4] == ["begun", "dgpo", "0 of 3", None] and len(runs["rows"]) == 3
+    assert [run["name"] for run in first["runs"]] == ["a", "deep/b", "begun"]
     assert first["runs"][0]["samples"].keys() == {"1", "2", "3"}
-    assert "runs 2" in capsys.readouterr().out
+    assert "runs 3" in capsys.readouterr().out
 
 
 def test_long_curves_are_thinned_and_keep_their_last_step(tmp_path):
