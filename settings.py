@@ -106,3 +106,10 @@ def with_defaults(settings: TrainSettings, *, reinforces: bool | None = None) ->
         eval_every=s.eval_every * (phase != "episodes"),
         kl_where=s.kl_where or ("wrong" if phase == "dgpo" else "all"),
         ce_weight=s.ce_weight if phase == "kd" else 0.0, **warm_ups)
+
+
+def guide_of(settings: TrainSettings) -> str:
+    """The setting that names the guide: Eq. 4's teacher, Eq. 5's initial policy; "": none."""
+    if settings.phase in REINFORCE and settings.kl_where == "none":
+        return ""
+    return {"sft": "", "ppo": "student", "grpo": "student"}.get(settings.phase, "teacher")

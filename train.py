@@ -27,7 +27,7 @@ from model import DecoderConfig
 from reinforce import reinforce
 from sampling import write_episodes
 from session import Task, open_frozen, open_session, open_student
-from settings import DISTIL, REINFORCE, TrainSettings, with_defaults
+from settings import DISTIL, REINFORCE, TrainSettings, guide_of, with_defaults
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "world.toml"
 
@@ -42,13 +42,6 @@ def main(argv: list[str]) -> None:
         from infra.planner import print_plan  # here, because nothing else needs it
         return print_plan(settings, DecoderConfig, guide_of(settings))
     launch(settings, partial(train, settings=settings))
-
-
-def guide_of(settings: TrainSettings) -> str:
-    """The setting that names the guide: Eq. 4's teacher, Eq. 5's initial policy; "": none."""
-    if settings.phase in REINFORCE and settings.kl_where == "none":
-        return ""
-    return {"sft": "", "ppo": "student", "grpo": "student"}.get(settings.phase, "teacher")
 
 
 def train(run: Run, settings: TrainSettings) -> None:

@@ -52,7 +52,7 @@ from reinforce import Models, sampled_logprobs, score_tokens, spread
 from rollout import generate
 from sampling import play
 from session import Session, Task, load_policy, open_frozen, open_session, open_student
-from settings import DISTIL, REINFORCE, TrainSettings
+from settings import DISTIL, REINFORCE, TrainSettings, guide_of
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -174,9 +174,7 @@ def open_agent(folder: Path, record: dict[str, Any], teacher: str, step: int | N
     start = str(weights or settings.student)
     student = open_student(run, replace(settings, student=start))
     student.decoder.requires_grad_(False)
-    role = {"sft": "", "ppo": "student", "grpo": "student"}.get(settings.phase, "teacher")
-    if reinforces and settings.kl_where == "none":
-        role = ""
+    role = guide_of(settings)
     if teacher:
         settings, role = replace(settings, teacher=teacher), "teacher"
     guide = open_frozen(settings, CPU, role, student) if role else None
