@@ -8,6 +8,8 @@ TAID       a target between student and teacher that moves: dgpo.divergence("tai
 import math
 from typing import NamedTuple
 
+import torch
+
 from distil import Distance, Schedule
 from episode import Episode, load_episodes, save_episodes
 from infra.checks import learnable
@@ -68,8 +70,9 @@ class Taid(Schedule):
 
     def load(self, state: dict) -> None:
         self.taid = TaidState(**state)
-        self.mix = self.taid.t
-        self.metrics = {"loss/taid_t": self.mix}
+        # torch.compile makes another graph for each new number, and one for all tensors.
+        self.mix = torch.tensor(self.taid.t, dtype=torch.float64)
+        self.metrics = {"loss/taid_t": self.taid.t}
 
 
 def distillm_share(share: float, loss: float, reference: float | None, *, tolerance: float,

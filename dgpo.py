@@ -60,8 +60,12 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 DIVERGENCES = ("forward", "reverse", "skew", "skew_reverse", "jsd", "taid")
 
 
-def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward", mix: float = 0.1) -> Tensor:
-    """How far the student's p is from the teacher's q, nats: log-probabilities [N, V] -> [N]."""
+def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward",
+               mix: float | Tensor = 0.1) -> Tensor:
+    """How far the student's p is from the teacher's q, nats: log-probabilities [N, V] -> [N].
+
+    mix: a number; that of "taid", which moves, may be a tensor [], so that one graph serves all.
+    """
     if kind == "forward" or (kind, mix) == ("jsd", 0):  # Eq. 1's second term; limit of JSD / mix
         return kl(log_q, log_p)
     if kind == "reverse" or (kind, mix) == ("jsd", 1):  # GKD, MiniLLM; limit of JSD / (1 - mix)
@@ -74,6 +78,7 @@ def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward", mix: floa
         log_m = log_mixture(log_q, log_p, mix)
         return mix * kl(log_q, log_m) + (1 - mix) * kl(log_p, log_m)
     if kind == "taid":  # KL(r || p), r ~ p^(1 - mix) q^mix without gradient: interpolated logits
+        mix = torch.as_tensor(mix, dtype=log_p.dtype, device=log_p.device)
         return kl(torch.lerp(log_p.detach(), log_q, mix).log_softmax(-1), log_p)
     raise ValueError(f"divergence: got kind={kind!r}, expected one of {', '.join(DIVERGENCES)}")
 
@@ -92,7 +97,7 @@ def log_mixture(log_a: Tensor, log_b: Tensor, mix: float) -> Tensor:
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, *,
             ce_weight: float = 1.0, kl_weight: float = 1.0, kind: str = "forward",
-            mix: float = 0.1) -> tuple[Tensor, Tensor]:
+            mix: float | Tensor = 0.1) -> tuple[Tensor, Tensor]:
     """Eq. 1 for each row: ce_weight CE(target) + kl_weight KL(teacher || student), in nats.
 
     Logits [N, V], targets [N] -> (loss [N], divergence [N], detached); kind, mix: see divergence.
@@ -162,15 +167,19 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lambda A_next. "Next" is the next
     response token; V = 0 after the last. All [B, T] -> (advantages, returns = A + V), 0 elsewhere.
     """
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [B]
-    for t in reversed(range(rewards.shape[1])):
-        is_response = response_mask[:, t]  # [B]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * gae_lambda * next_advantage
-        advantages[:, t] = torch.where(is_response, advantage, 0.0)
-        next_value = torch.where(is_response, values[:, t], next_value)
-        next_advantage = torch.where(is_response, advantage, next_advantage)
+    # [B, T] from here, with the response tokens of a row first.
+    order = response_mask.byte().argsort(dim=1, descending=True, stable=True)
+    rewards, values_ = (torch.where(response_mask, x, 0.0).gather(1, order)
+                        for x in (rewards, values))
+    advantages = rewards - values_  # delta, once the next value is in
+    advantages[:, :-1] += gamma * values_[:, 1:]
+    # A_t = sum_k (gamma lambda)^k delta_(t + k): each pass adds as many terms as are in already.
+    num_terms = 1
+    while num_terms < advantages.shape[1]:
+        later = advantages[:, num_terms:]
+        advantages[:, :-num_terms] += (gamma * gae_lambda) ** num_terms * later
+        num_terms *= 2
+    advantages = torch.zeros_like(advantages).scatter(1, order, advantages)
     return advantages, torch.where(response_mask, advantages + values, 0.0)
 
 

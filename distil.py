@@ -25,7 +25,7 @@ class Schedule:
     """What a method trains on in each step. This one is of sft and kd; baselines.py has others."""
     def __init__(self, settings: TrainSettings, episodes: list[Episode]) -> None:
         self.settings, self.episodes = settings, episodes
-        self.mix = settings.mix  # of the target, see dgpo.divergence
+        self.mix: float | Tensor = settings.mix  # of the target, see dgpo.divergence
         self.metrics: dict[str, float] = {}
         self.per_epoch = math.ceil(len(episodes) / settings.batch_size)  # steps
         self.num_steps = max(1, round(self.per_epoch * settings.epochs))

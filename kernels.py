@@ -24,15 +24,20 @@ from torch import Tensor, autograd, nn
 MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 MAX_ROWS_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
+COMPILED = ("cuda",)  # devices for which tiles are compiled
 
 
 def fused(function: Callable) -> Callable:
-    """Compile a function for tensors on a GPU, on first use; on a CPU it runs as it stands."""
+    """Compile a function for tensors on a GPU, on first use; on a CPU it runs as it stands.
+
+    One row, which would need a graph of its own, runs as it stands, too.
+    """
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
 
     @functools.wraps(function)
-    def call(first: Tensor, *rest):
-        return (compiled() if first.is_cuda else function)(first, *rest)
+    def call(first: Tensor, *rest, **options):
+        is_compiled = first.device.type in COMPILED and len(first) > 1
+        return (compiled() if is_compiled else function)(first, *rest, **options)
 
     return call
 
@@ -132,7 +137,7 @@ def logits_gradient(logits: Tensor, columns: Tensor, temperature: float, peak: T
 
 def head_divergence(loss: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor,
                     teacher_hidden: Tensor, teacher_weight: Tensor, targets: Tensor,
-                    **options: float | str) -> tuple[Tensor, Tensor]:
+                    **options: float | str | Tensor) -> tuple[Tensor, Tensor]:
     """Sum over rows of a loss between the next-token distributions of student and teacher.
 
     hidden [N, D], weight [V, D], teacher_hidden [N, D'], teacher_weight [V, D'], targets [N] ->
@@ -154,7 +159,7 @@ class _Divergence(autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         total, reports = torch.zeros((), device=hidden.device), []
-        run = torch.compile(loss, dynamic=True) if hidden.is_cuda else loss
+        run = fused(loss)
         for rows in tiles(len(hidden), len(weight), MAX_ROWS_ELEMENTS, hidden.device):
             logits = (hidden[rows] @ weight.T).requires_grad_(wants_hidden or wants_weight)
             teacher_logits = teacher_hidden[rows] @ teacher_weight.T  # [n, V], as logits

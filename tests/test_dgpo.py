@@ -300,6 +300,33 @@ def test_gae_at_gamma_and_lambda_one_is_reward_to_go_minus_value_for_any_mask():
     assert (advantages[~mask] == 0).all()
 
 
+def gae_by_a_loop(rewards, values, mask, gamma, gae_lambda):
+    """The definition, token by token from the last one."""
+    advantages = torch.zeros_like(rewards)
+    for row in range(len(rewards)):
+        next_value = next_advantage = 0.0
+        for t in mask[row].nonzero().flatten().flip(0).tolist():
+            delta = rewards[row, t] + gamma * next_value - values[row, t]
+            next_value, next_advantage = values[row, t], delta + gamma * gae_lambda * next_advantage
+            advantages[row, t] = next_advantage
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 64, 200])
+@pytest.mark.parametrize("decay", [(1.0, 1.0), (0.99, 0.95), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_equals_a_loop_over_tokens(width, decay):
+    generator = torch.Generator().manual_seed(width)
+    shares = torch.tensor([0, 0.1, 0.5, 0.5, 0.9, 1])[:, None]
+    mask = torch.rand(6, width, generator=generator) < shares
+    rewards, values = torch.randn(2, *mask.shape, dtype=torch.float64, generator=generator)
+    expected = gae_by_a_loop(rewards, values, mask, *decay)
+    for dtype, tolerance in ((torch.float64, FP64), (torch.float32, FP32 * width**0.5)):
+        got = dgpo.gae(rewards.to(dtype), values.to(dtype), mask, gamma=decay[0],
+                       gae_lambda=decay[1])
+        for mine, truth in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine.double(), truth, atol=tolerance, rtol=0)
+
+
 def test_gae_does_not_read_values_of_retrieved_tokens_or_of_padding():
     mask = random_masks(seed=9)
     rewards, values = torch.randn(2, *mask.shape, generator=torch.Generator().manual_seed(10))

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_kernels.py
 """
 
+import functools
 import shutil
 
 import pytest
@@ -213,6 +214,53 @@ def test_compiled_tiles_equal_eager_ones_and_a_ragged_tile_is_not_compiled_again
                 ours = compiled[i](logits, at, 0.7, *rest)
             eager = functions[i](logits, at, 0.7, *rest)
             torch.testing.assert_close(ours, eager, atol=FP32, rtol=FP32)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile makes of tiles, which are compiled on the CPU, too."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(kernels, "COMPILED", ("cpu",))
+    for name in ("merge", "logits_gradient"):
+        monkeypatch.setattr(kernels, name, kernels.fused(getattr(kernels, name).__wrapped__))
+    monkeypatch.setattr(kernels, "MAX_TILE_ELEMENTS", {"cpu": 400})  # 2 to 40 tiles
+    monkeypatch.setattr(kernels, "MAX_ROWS_ELEMENTS", {"cpu": 900})  # 3 rows
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+def test_a_graph_serves_all_numbers_of_rows_and_temperatures_of_a_head(graphs):
+    hidden, weight = head(40)
+    for rows in (5, 0, 1, 2, 7, 40, 3):
+        targets = torch.arange(rows) * 7
+        runs = [values_and_gradients(f, hidden[:rows], weight, targets)
+                for f in (kernels.head_logprobs, naive_logprobs)]
+        for ours, naive in zip(*runs, strict=True):
+            torch.testing.assert_close(ours, naive, atol=FP32 * 100, rtol=FP32)
+    assert len(graphs) == 2, "one of merge and one of logits_gradient"
+
+
+def test_a_graph_serves_all_numbers_of_rows_and_targets_of_a_divergence(graphs):
+    hidden, weight = head(40)
+    teacher_hidden, teacher_weight = head(40, width=8)
+    for rows in (5, 0, 1, 2, 7, 40, 3):
+        for mix in (0.0, 0.4, 0.41, 0.9, 1.0):
+            options = {"kind": "taid", "mix": torch.tensor(mix, dtype=torch.float64)}
+            total, _ = kernels.head_divergence(
+                dgpo.kd_loss, hidden[:rows].clone().requires_grad_(), weight,
+                teacher_hidden[:rows], teacher_weight, torch.arange(rows) * 7, **options)
+            plain, _ = dgpo.kd_loss(
+                hidden[:rows] @ weight.T, teacher_hidden[:rows] @ teacher_weight.T,
+                torch.arange(rows) * 7, kind="taid", mix=mix)
+            torch.testing.assert_close(total.detach(), plain.sum(), atol=FP32, rtol=FP32)
+    assert len(graphs) == 1
 
 
 def test_greedy_is_the_exact_argmax_and_reports_the_logprob_at_temperature_one():
