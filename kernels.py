@@ -12,7 +12,7 @@ C columns or n rows of a tile.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, autograd, nn
 
 # Logits at once. On a CPU a tile should fit into the cache; a GPU needs large GEMMs. A tile of rows
-# reads both heads fully, so it must not be thin.
+# reads both heads fully, so it must not be thin. On a CPU it is above 32 MiB in fp32: glibc gives
+# those blocks back at once, and smaller ones took 8 tiles of memory where 5 are in use.
 MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
-MAX_ROWS_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+MAX_ROWS_ELEMENTS = {"cpu": 10**7, "cuda": 2**28}
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
 COMPILED = ("cuda",)  # devices for which tiles are compiled
 
@@ -172,8 +173,10 @@ class _Divergence(autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if wants_weight and grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, hidden[rows])
-            elif wants_weight:
-                grad_weight += grad.T @ hidden[rows]
+            elif wants_weight:  # a product cannot be added in fp32, so it is made part by part
+                for part in tiles(*weight.shape, MAX_ROWS_ELEMENTS, hidden.device):
+                    grad_weight[part] += grad[:, part].T @ hidden[rows]
+            logits = teacher_logits = grad = None  # none is held beside the next tile's
         ctx.grads = [grad_hidden, grad_weight.to(dtype) if wants_weight else None]
         reports = torch.cat(reports) if reports else torch.zeros(0, device=hidden.device)
         ctx.mark_non_differentiable(reports)
@@ -245,19 +248,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linears(x: Tensor, first: nn.Linear) -> Sequence[Tensor]:
+    """What a layer and those `beside` it, which read the same, make of x; one product if merged."""
+    layers = (first, *first.beside)
+    if "merged" in vars(first):
+        return first.merged(x).split([layer.out_features for layer in layers], -1)
+    return [layer(x) for layer in layers]
+
+
 @contextmanager
-def in_blocks(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def merged(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Context manager: linear layers use `blocked` weights of this dtype, cast once.
 
-    The weights must not change meanwhile.
+    Layers that stand beside each other become one. The weights must not change meanwhile.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    beside = {other for layer in layers for other in getattr(layer, "beside", ())}
     try:
         for layer in layers:
-            if (weight := blocked(layer.weight.to(dtype))) is not layer.weight:
-                bias = None if layer.bias is None else layer.bias.to(dtype)
-                layer.forward = functools.partial(linear, weight=weight, bias=bias)
+            group = (layer, *getattr(layer, "beside", ()))
+            if layer not in beside:
+                weight, bias = (None if parts[0] is None else cast(parts, dtype) for parts in zip(
+                    *((part.weight, part.bias) for part in group), strict=True))
+                name = "merged" if len(group) > 1 else "forward"
+                vars(layer)[name] = functools.partial(linear, weight=blocked(weight), bias=bias)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
+            vars(layer).pop("merged", None)
+
+
+def cast(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One below the other, in a dtype; a copy only where needed."""
+    parts = [part.detach().to(dtype) for part in parts]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.checkpoint import write_aside
 from infra.files import blaming, read_json, resolve
+from kernels import linears
 from tokenizer import FILES, Tokenizer
 from weights import fill, save_tensors
 
@@ -87,7 +88,7 @@ class KVCache:
 
     def __init__(self, config: DecoderConfig, rows: int, slots: int, *,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        self.rows, self.slots = rows, slots
+        self.rows, self.slots, self.reach = rows, slots, 0  # reach: slots that have been written
         if slots - 1 > config.max_positions > 0:
             warnings.warn(f"contexts may have {slots - 1} tokens, and the model was made for "
                           f"{config.max_positions}; lower --max-context-tokens, or see YaRN in "
@@ -98,10 +99,10 @@ class KVCache:
                                    for _ in range(config.num_layers)] for _ in range(2))
 
     def keep(self, rows: Tensor) -> None:
-        """Compact the cache to these rows, in this order."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
+        """Compact the cache to these rows, in this order: the first ones from now on."""
         self.rows = len(rows)
+        for tensor in (*self.keys, *self.values):  # one at a time, so that one is held twice
+            tensor[: self.rows, :, : self.reach] = tensor[rows, :, : self.reach]
 
     def prefill(self, rows: list[int], starts: list[int]) -> "Prefill":
         """For a call with packed documents: document i goes on at starts[i] of row rows[i]."""
@@ -112,11 +113,17 @@ class KVCache:
         # What an idle row writes is overwritten by its next token before a token attends to it.
         if (count := len(positions)) != self.rows:
             raise ValueError(f"KV cache: got {count} positions, expected {self.rows}, one a row")
-        return Step(self, positions, self.check(reach))
+        rows, slots = (torch.arange(n, device=positions.device) for n in (count, self.check(reach)))
+        mask = None
+        if positions.is_cuda or (positions != reach - 1).any():  # as numbers, read by all layers
+            mask = torch.zeros(count, 1, 1, reach, dtype=self.keys[0].dtype, device=rows.device)
+            mask.masked_fill_(slots > positions[:, None, None, None], -torch.inf)
+        return Step(self, positions, reach, rows, mask)
 
     def check(self, reach: int) -> int:
         if reach > self.slots:
             raise ValueError(f"KV cache: got position {reach - 1}, expected less than {self.slots}")
+        self.reach = max(self.reach, reach)
         return reach
 
 
@@ -144,19 +151,19 @@ class Step(NamedTuple):
     cache: KVCache
     positions: Tensor  # [B]
     reach: int
+    row_numbers: Tensor  # [B]
+    mask: Tensor | None  # [B, 1, 1, L], 0 or -inf
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
         """Write k, v [B, KV, 1, Dh]; q [B, H, 1, Dh] attends to its row's slots up to its own."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        rows = torch.arange(len(q), device=q.device)
-        keys[rows, :, self.positions] = k.squeeze(2).to(keys.dtype)
-        values[rows, :, self.positions] = v.squeeze(2).to(values.dtype)
-        keys, values = (x[:, :, : self.reach].to(q.dtype) for x in (keys, values))  # [B, KV, L, Dh]
-        slots = torch.arange(self.reach, device=q.device)
-        mask = slots <= self.positions[:, None, None, None]  # [B, 1, 1, L]
+        keys[self.row_numbers, :, self.positions] = k.squeeze(2).to(keys.dtype)
+        values[self.row_numbers, :, self.positions] = v.squeeze(2).to(values.dtype)
+        keys, values = (x[: len(q), :, : self.reach].to(q.dtype) for x in (keys, values))
+        mask = None if self.mask is None else self.mask.to(q.dtype)
         # Queries that share a key head stand where tokens would, so that keys are never repeated.
-        grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # [B, KV, H / KV, Dh]
-        return attention(grouped, keys, values, mask).view_as(q)  # [B, H, 1, Dh]
+        grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # [B, KV, H / KV, Dh]
+        return attention(grouped, keys, values, mask).view_as(q)
 
 
 Slots = Prefill | Step | None  # where a call writes keys and values; None: nowhere
@@ -201,13 +208,14 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, inner, bias=config.qkv_bias)
         self.k_proj = Linear(width, kv_inner, bias=config.qkv_bias)
         self.v_proj = Linear(width, kv_inner, bias=config.qkv_bias)
+        self.q_proj.beside = self.k_proj, self.v_proj  # see kernels.linears
         self.o_proj = Linear(inner, width, bias=config.o_bias)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H or KV, Dh]
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim))  # [B, T, H or KV, Dh]
+                   for x in linears(x, self.q_proj))
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
         if slots is None:
@@ -230,12 +238,12 @@ class Layer(nn.Module):
             "gate_proj": Linear(width, inner, bias=bias),
             "up_proj": Linear(width, inner, bias=bias),
             "down_proj": Linear(inner, width, bias=bias)})
+        self.mlp["gate_proj"].beside = (self.mlp["up_proj"],)
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, documents, slots)
-        inner = self.post_attention_layernorm(x)
-        inner = F.silu(self.mlp["gate_proj"](inner)) * self.mlp["up_proj"](inner)  # SwiGLU
-        return x + self.mlp["down_proj"](inner)
+        gate, up = linears(self.post_attention_layernorm(x), self.mlp["gate_proj"])
+        return x + self.mlp["down_proj"](F.silu(gate) * up)  # SwiGLU
 
 
 class Decoder(nn.Module):

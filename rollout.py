@@ -22,7 +22,7 @@ from data import Passage, Question
 from episode import SEARCH_R1, Episode, Protocol, Segment
 from infra.config import setting
 from infra.parallel import uniforms
-from kernels import blocked, in_blocks, sample
+from kernels import blocked, merged, sample
 from model import Decoder, KVCache
 from tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ def generate(policy: Policy, retriever: SearchEngine | None,
             episode.status = "max_tokens"
     protocol = protocol or load_protocol(settings.protocol)
     bar = tqdm(rows, desc=progress, disable=not progress, leave=False, mininterval=1)
-    with in_blocks(policy.decoder, policy.dtype), bar:
+    with merged(policy.decoder, policy.dtype), bar:
         _Engine(policy, retriever, settings, protocol, seed).run(rows, bar)
     return episodes
 

@@ -11,6 +11,7 @@ import torch
 
 import dgpo
 import kernels
+from tests.support.runs import Spy
 
 FP32 = 2e-5  # logits of width 16 and vocabularies of a few hundred entries
 TOLERANCE = {
@@ -343,7 +344,7 @@ def test_weights_in_blocks_are_as_near_to_float64_as_plain_ones_and_leave_the_mo
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     with torch.no_grad():
         plain = module(x)
-        with kernels.in_blocks(module, torch.bfloat16):
+        with kernels.merged(module, torch.bfloat16):
             assert kernels.blocked(module[0].weight).is_mkldnn
             blocked = module(x)
             assert "forward" in vars(module[0])
@@ -357,5 +358,33 @@ def test_weights_in_blocks_are_as_near_to_float64_as_plain_ones_and_leave_the_mo
 
 def test_weights_in_blocks_are_for_bf16_alone():
     layer = torch.nn.Linear(4, 3)
-    with kernels.in_blocks(layer, torch.float32):
-        assert kernels.blocked(layer.weight) is layer.weight and "forward" not in vars(layer)
+    with kernels.merged(layer, torch.float32):
+        assert kernels.blocked(layer.weight) is layer.weight
+        used = vars(layer)["forward"].keywords["weight"]
+        assert used.data_ptr() == layer.weight.data_ptr(), "a weight was copied for nothing"
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_layers_beside_each_other_are_one_product_where_they_are_merged(
+    dtype, has_bias, monkeypatch
+):
+    torch.manual_seed(0)
+    module = torch.nn.ModuleList(torch.nn.Linear(32, n, bias=has_bias) for n in (24, 8, 40))
+    module[0].beside = module[1], module[2]
+    x = torch.randn(3, 5, 32).to(dtype)
+    expected = [x @ layer.weight.to(dtype).T + (layer.bias.to(dtype) if has_bias else 0)
+                for layer in module]
+    with kernels.merged(module, dtype):
+        calls = Spy(monkeypatch, kernels, "linear")
+        vars(module[0])["merged"] = functools.partial(
+            kernels.linear, **vars(module[0])["merged"].keywords)
+        got = kernels.linears(x, module[0])
+        assert len(calls.calls) == 1 and not any("forward" in vars(layer) for layer in module)
+    for mine, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, truth, atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert "merged" not in vars(module[0])
+    if dtype == torch.float32:
+        separate = kernels.linears(x, module[0])
+        torch.testing.assert_close(list(got), separate, atol=FP32, rtol=0)

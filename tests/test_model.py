@@ -235,7 +235,9 @@ def test_ragged_prefill_then_steps_on_a_cache_equal_a_plain_pass(public: dict) -
 
     read(lengths, [0, 0, 0])
     read([3, 1, 3], lengths)  # observations into the middle of the rows
+    places = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     cache.keep(torch.tensor([3, 2]))  # rows 0 and 2 of the batch go on alone
+    assert places == [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     kept, at = ids[[0, 2]], torch.tensor([8, 10])
     for _ in range(4):
         states = decoder.hidden(
@@ -254,6 +256,20 @@ def test_the_cache_refuses_what_does_not_fit() -> None:
         decoder.hidden(ids_of(1, 3), documents=[3], cache=cache.prefill([1], [2]))
     with pytest.raises(ValueError, match="got 3 positions, expected 2, one a row"):
         cache.step(torch.zeros(3, dtype=torch.long), 1)
+
+
+@torch.no_grad()
+def test_rows_that_reach_equally_far_need_no_mask() -> None:
+    decoder, ids = wide(QWEN), ids_of(2, 6)
+    cache = KVCache(decoder.config, 2, 8)
+    for at in range(6):
+        step = cache.step(torch.tensor([at, at]), at + 1)
+        states = decoder.hidden(ids[:, at : at + 1], cache=step)
+        assert step.mask is None
+    torch.testing.assert_close(
+        states[:, 0], decoder.hidden(ids)[:, -1], atol=CACHE_TOLERANCE, rtol=0
+    )
+    assert cache.step(torch.tensor([3, 4]), 5).mask.isinf().sum() == 1
 
 
 @torch.no_grad()

@@ -133,12 +133,14 @@ def test_the_gradient_of_a_float32_weight_is_summed_in_float32(monkeypatch):
 def test_a_sampler_in_bf16_casts_each_weight_once_and_leaves_the_module_as_it_was(mini):
     student, _ = policies(mini)
     layers = [m for m in student.decoder.modules() if isinstance(m, torch.nn.Linear)]
-    with kernels.in_blocks(student.decoder, torch.bfloat16):
-        used = [vars(layer)["forward"].keywords for layer in layers]
+    with kernels.merged(student.decoder, torch.bfloat16):
+        used = [call.keywords for layer in layers for name, call in vars(layer).items()
+                if name in ("forward", "merged")]
+        assert len(used) == 4 * 2, "q, k, v are one product, and so are gate and up"
         assert {options["weight"].dtype for options in used} == {torch.bfloat16}
         assert {options["bias"].dtype for options in used if options["bias"] is not None} == {
             torch.bfloat16}
-    assert not any("forward" in vars(layer) for layer in layers)
+    assert not any({"forward", "merged"} & vars(layer).keys() for layer in layers)
     assert {p.dtype for p in student.decoder.parameters()} == {torch.float32}
 
 
