@@ -23,7 +23,7 @@ from torch import Tensor, autograd, nn
 # reads both heads fully, so it must not be thin. On a CPU it is above 32 MiB in fp32: glibc gives
 # those blocks back at once, and smaller ones took 8 tiles of memory where 5 are in use.
 MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
-MAX_ROWS_ELEMENTS = {"cpu": 10**7, "cuda": 2**28}
+MAX_ROWS_ELEMENTS = {"cpu": 11_500_000, "cuda": 2**28}
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
 COMPILED = ("cuda",)  # devices for which tiles are compiled
 

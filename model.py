@@ -6,9 +6,12 @@ packed rows), L slots read, V vocabulary, D width, H heads, KV key/value heads, 
 
 import copy
 import functools
+import inspect
 import math
 import shutil
 import warnings
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,17 +137,16 @@ class Prefill(NamedTuple):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: list[int]) -> Tensor:
         """Write k, v [1, KV, N, Dh]; q [1, H, N, Dh] attends to its row's slots up to its own."""
-        keys, values, mixed = self.cache.keys[layer], self.cache.values[layer], []
-        parts = (x.split(documents, 2) for x in (q, k, v))
-        for row, start, q, k, v in zip(self.rows, self.starts, *parts, strict=True):
-            end = self.cache.check(start + q.shape[2])
-            keys[row, :, start:end], values[row, :, start:end] = k[0], v[0]
-            mask = None
-            if start:  # the row goes on: all its earlier slots, and causal among the new ones
-                k, v = (x[row : row + 1, :, :end].to(q.dtype) for x in (keys, values))
-                mask = torch.ones(q.shape[2], end, dtype=torch.bool, device=q.device).tril(start)
-            mixed.append(attend(q, k, v, mask, is_causal=not start))
-        return torch.cat(mixed, 2)  # [1, H, N, Dh]
+        ends = [self.cache.check(start + new)
+                for start, new in zip(self.starts, documents, strict=True)]
+        read = []
+        for cached, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+            parts = new[0].split(documents, 1)
+            for row, start, end, part in zip(self.rows, self.starts, ends, parts, strict=True):
+                cached[row, :, start:end] = part
+            rows = zip(self.rows, ends, strict=True)
+            read.append(torch.cat([cached[row, :, :end] for row, end in rows], 1)[None])
+        return attend_packed(q, *(x.to(q.dtype) for x in read), documents, ends)
 
 
 class Step(NamedTuple):
@@ -177,6 +179,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     is_grouped = q.shape[1] != k.shape[1]
     return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
+                  lengths: list[int]) -> Tensor:
+    """Causal attention inside each document: q [1, H, N, Dh] to k, v [1, KV, L, Dh].
+
+    documents: tokens of each in q, the last ones of its lengths[i] tokens in k and v.
+    """
+    if q.is_cuda and q.dtype != torch.float32 and (varlen := find_varlen()):
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # [N or L, heads, Dh]
+        mixed = varlen(q, k, v, offsets(tuple(documents), q.device),
+                       offsets(tuple(lengths), q.device), max(documents), max(lengths))
+        return mixed.transpose(0, 1).unsqueeze(0)
+    # One document at a time: what is packed beside it costs nothing, and needs no mask.
+    mixed, parts = [], (q.split(documents, 2), k.split(lengths, 2), v.split(lengths, 2))
+    for q, k, v in zip(*parts, strict=True):
+        before, mask = k.shape[2] - q.shape[2], None
+        if before:  # it goes on: all its earlier tokens, and causal among the new ones
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(before)
+        mixed.append(attend(q, k, v, mask, is_causal=not before))
+    return torch.cat(mixed, 2)
+
+
+@functools.cache
+def find_varlen() -> Callable[..., Tensor] | None:
+    """torch's attention over packed documents; None where this torch or this GPU has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None
+    return causal(varlen_attn) if torch.cuda.get_device_capability() >= (8, 0) else None
+
+
+def causal(varlen_attn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """varlen_attn, causal and with grouped queries, by the options that its version has."""
+    names = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    if "enable_gqa" in names:
+        return functools.partial(varlen_attn, enable_gqa=True, **options)
+    def grouped(q: Tensor, k: Tensor, v: Tensor, *sizes) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, *sizes, **options)
+    return grouped
+
+
+@functools.lru_cache(8)  # all layers of a pass ask for the same
+def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where documents of these lengths begin, and the end of the last one, int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -219,9 +271,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
         if slots is None:
-            # One document at a time: what is packed beside it costs nothing, and needs no mask.
-            parts = zip(*(x.split(documents, 2) for x in (q, k, v)), strict=True)
-            mixed = torch.cat([attend(*part, is_causal=True) for part in parts], 2)
+            mixed = attend_packed(q, k, v, documents, documents)
         else:
             mixed = slots.attend(self.layer, q, k, v, documents)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
 
 import dgpo
 import kernels
@@ -83,6 +84,62 @@ def test_float32_queries_on_a_gpu_meet_keys_for_each_head(monkeypatch):
     model.attend(*(x.bfloat16().as_subclass(OnCuda) for x in (q, k, v)), is_causal=True)
     assert [(arguments[1].shape[1], options["enable_gqa"]) for arguments, options, _ in
             calls.calls] == [(6, False), (2, True)]
+
+
+# ---- packed documents on a GPU ----
+
+
+def varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    """A loop in the place of torch's: q [N, H, Dh], k, v [L, H, Dh], documents by their bounds."""
+    assert is_causal and k.shape[1] == q.shape[1]
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    out = torch.full_like(q, torch.nan)
+    for a, b, c, d in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+        later = torch.ones(b - a, d - c).triu(1 + (d - c) - (b - a)).bool()
+        p = scores.masked_fill(later, -torch.inf).softmax(-1)
+        out[a:b] = torch.einsum("hqk,khd->qhd", p, v[c:d])
+    return out
+
+
+def varlen_of_2_13(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
+                   enable_gqa=False, seqused_k=None):
+    assert window_size == (-1, 0) and (enable_gqa or q.shape[1] == k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=True)
+
+
+@pytest.mark.parametrize("version", [varlen_of_2_11, varlen_of_2_13])
+def test_packed_documents_and_rows_that_go_on_use_varlen_attention(version, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    documents, lengths = [3, 1, 4], [7, 1, 4]  # the first row goes on after 4 tokens
+    q = torch.randn(1, 6, 8, 8, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64, generator=generator)
+    expected = model.attend_packed(q, k, v, documents, lengths)
+    monkeypatch.setattr(model, "find_varlen", lambda: model.causal(version))
+    fail = Spy(monkeypatch, model, "attention")
+    got = model.attend_packed(*(x.as_subclass(OnCuda) for x in (q, k, v)), documents, lengths)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
+    assert not fail.calls
+    float32 = [x.float().as_subclass(OnCuda) for x in (q, k, v)]
+    model.attend_packed(*float32, documents, lengths)
+    assert len(fail.calls) == 3, "flash attention has no float32"
+
+
+def test_the_shapes_of_varlen_attention_fit_on_a_pretended_gpu(monkeypatch):
+    pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    model.find_varlen.cache_clear()
+    model.offsets.cache_clear()
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, tokens, 64, device="cuda", dtype=torch.bfloat16)
+                   for heads, tokens in ((14, 30), (2, 50), (2, 50)))
+        mixed = model.attend_packed(q, k, v, [10, 20], [30, 20])
+        assert mixed.shape == q.shape and (mixed.dtype, mixed.device) == (q.dtype, q.device)
+        assert model.find_varlen() is not None
+    model.find_varlen.cache_clear()
+    model.offsets.cache_clear()
 
 
 def test_bf16_is_what_a_gpu_computes_in_unless_told():
