@@ -257,21 +257,26 @@ def linears(x: Tensor, first: nn.Linear) -> Sequence[Tensor]:
 
 
 @contextmanager
-def merged(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def merged(module: nn.Module, dtype: torch.dtype,
+           copies: dict[str, Tensor] | None = None) -> Iterator[None]:
     """Context manager: linear layers use `blocked` weights of this dtype, cast once.
 
     Layers that stand beside each other become one. The weights must not change meanwhile.
+    copies: a dict of earlier calls, whose tensors are filled where they lie; a new one is filled.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     beside = {other for layer in layers for other in getattr(layer, "beside", ())}
     try:
-        for layer in layers:
+        for number, layer in enumerate(layers):
+            if layer in beside:
+                continue
             group = (layer, *getattr(layer, "beside", ()))
-            if layer not in beside:
-                weight, bias = (None if parts[0] is None else cast(parts, dtype) for parts in zip(
-                    *((part.weight, part.bias) for part in group), strict=True))
-                name = "merged" if len(group) > 1 else "forward"
-                vars(layer)[name] = functools.partial(linear, weight=blocked(weight), bias=bias)
+            weight = stack([part.weight for part in group], dtype, copies, f"{number}.weight")
+            bias = layer.bias
+            if bias is not None:
+                bias = stack([part.bias for part in group], dtype, copies, f"{number}.bias")
+            name = "merged" if len(group) > 1 else "forward"
+            vars(layer)[name] = functools.partial(linear, weight=blocked(weight), bias=bias)
         yield
     finally:
         for layer in layers:
@@ -279,7 +284,12 @@ def merged(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             vars(layer).pop("merged", None)
 
 
-def cast(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One below the other, in a dtype; a copy only where needed."""
+def stack(parts: Sequence[Tensor], dtype: torch.dtype, copies: dict[str, Tensor] | None,
+          name: str) -> Tensor:
+    """One below the other, in a dtype; a copy where needed, or copies[name] with these values."""
     parts = [part.detach().to(dtype) for part in parts]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    if copies is None:
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    new = torch.cat(parts)
+    kept = copies.setdefault(name, new)
+    return kept if kept is new else kept.copy_(new)

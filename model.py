@@ -6,14 +6,12 @@ packed rows), L slots read, V vocabulary, D width, H heads, KV key/value heads, 
 
 import copy
 import functools
-import inspect
 import math
 import shutil
 import warnings
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +27,9 @@ from weights import fill, save_tensors
 
 torch.set_float32_matmul_precision("highest")  # float32 means that: TF32 has ten bits
 torch.backends.cuda.enable_cudnn_sdp(False)  # it is said to build a plan for each new length
+GRAPHED = ("cuda",)  # devices on which the sampler's step is a graph
+REACH_BUCKET = 512  # slots: a graph reads all of its bucket, and each graph takes time to capture
+_KEPT: "WeakKeyDictionary[Decoder, Steps]" = WeakKeyDictionary()
 
 
 class DecoderConfig:
@@ -111,14 +112,17 @@ class KVCache:
         """For a call with packed documents: document i goes on at starts[i] of row rows[i]."""
         return Prefill(self, rows, starts)
 
-    def step(self, positions: Tensor, reach: int) -> "Step":
-        """For a call with one token a row at positions [rows], all < reach: reads slots < reach."""
+    def step(self, positions: Tensor, reach: int, *, are_equal: bool = False) -> "Step":
+        """For a call with one token a row at positions [rows], all < reach: reads slots < reach.
+
+        are_equal: all positions are reach - 1. There may be further positions, of rows not in use.
+        """
         # What an idle row writes is overwritten by its next token before a token attends to it.
-        if (count := len(positions)) != self.rows:
+        if not self.rows <= (count := len(positions)) <= len(self.keys[0]):
             raise ValueError(f"KV cache: got {count} positions, expected {self.rows}, one a row")
         rows, slots = (torch.arange(n, device=positions.device) for n in (count, self.check(reach)))
         mask = None
-        if positions.is_cuda or (positions != reach - 1).any():  # as numbers, read by all layers
+        if not are_equal:
             mask = torch.zeros(count, 1, 1, reach, dtype=self.keys[0].dtype, device=rows.device)
             mask.masked_fill_(slots > positions[:, None, None, None], -torch.inf)
         return Step(self, positions, reach, rows, mask)
@@ -187,7 +191,11 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
 
     documents: tokens of each in q, the last ones of its lengths[i] tokens in k and v.
     """
-    if q.is_cuda and q.dtype != torch.float32 and (varlen := find_varlen()):
+    varlen = None
+    if q.is_cuda and q.dtype != torch.float32:  # which flash attention does not take
+        from infra.cuda import find_varlen, offsets  # here, because a CPU has none of it
+        varlen = find_varlen()
+    if varlen:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # [N or L, heads, Dh]
         mixed = varlen(q, k, v, offsets(tuple(documents), q.device),
                        offsets(tuple(lengths), q.device), max(documents), max(lengths))
@@ -201,34 +209,6 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
             mask = mask.tril(before)
         mixed.append(attend(q, k, v, mask, is_causal=not before))
     return torch.cat(mixed, 2)
-
-
-@functools.cache
-def find_varlen() -> Callable[..., Tensor] | None:
-    """torch's attention over packed documents; None where this torch or this GPU has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
-        return None
-    return causal(varlen_attn) if torch.cuda.get_device_capability() >= (8, 0) else None
-
-
-def causal(varlen_attn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """varlen_attn, causal and with grouped queries, by the options that its version has."""
-    names = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-    if "enable_gqa" in names:
-        return functools.partial(varlen_attn, enable_gqa=True, **options)
-    def grouped(q: Tensor, k: Tensor, v: Tensor, *sizes) -> Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, *sizes, **options)
-    return grouped
-
-
-@functools.lru_cache(8)  # all layers of a pass ask for the same
-def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where documents of these lengths begin, and the end of the last one, int32."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -350,6 +330,58 @@ class Decoder(nn.Module):
         angles = positions[:, :, None, None].float() * self.frequencies  # [B or 1, T, 1, Dh / 2]
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+class Steps:
+    """Steps of one token a row through a decoder, and their cache. On a GPU each is a CUDA graph.
+
+    Graphs need fixed places, so cache, inputs and copies of weights stay from call to call there.
+    """
+
+    def __init__(self, config: DecoderConfig, rows: int, slots: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        self.cache, self.graphs, self.copies = KVCache(
+            config, rows, slots, dtype=dtype, device=device), None, None
+        if device.type in GRAPHED:
+            from infra.cuda import Graphs  # here, because a CPU needs none
+            self.graphs, self.copies = Graphs(), {}  # copies: of weights, see kernels.merged
+            self.ids, self.positions = torch.zeros(2, rows, dtype=torch.long, device=device)
+
+    def hidden(self, decoder: Decoder, ids: list[int], positions: list[int], *,
+               may_capture: bool) -> Tensor:
+        """States [rows, D] of a token a row at these positions, until the next call."""
+        count, reach, device = len(ids), max(positions) + 1, decoder.head_weight.device
+        new = torch.tensor([ids, positions], device=device)  # [2, rows]
+        if self.graphs is None:
+            step = self.cache.step(new[1], reach, are_equal=min(positions) == reach - 1)
+            return decoder.hidden(new[0, :, None], cache=step)[:, 0]
+        self.ids[:count], self.positions[:count] = new
+        rows = min(2 ** (count - 1).bit_length(), len(self.ids))
+        reach = min(-(-reach // REACH_BUCKET) * REACH_BUCKET, self.cache.slots)
+        self.cache.check(reach)  # a replay does not
+
+        def run() -> Tensor:
+            step = self.cache.step(self.positions[:rows], reach)
+            return decoder.hidden(self.ids[:rows, None], cache=step)[:, 0]
+
+        return self.graphs.call((rows, reach), run, decoder, may_capture=may_capture)[:count]
+
+
+def open_steps(decoder: Decoder, rows: int, slots: int, dtype: torch.dtype) -> Steps:
+    """The steps that a decoder has from earlier calls if they fit, else new ones.
+
+    On a CPU none are kept: nothing needs to stay in its place, and training needs the memory.
+    """
+    steps, device = _KEPT.pop(decoder, None), decoder.head_weight.device
+    if steps is not None:
+        keys = steps.cache.keys[0]
+        if len(keys) < rows or steps.cache.slots != slots or keys.dtype != dtype:
+            steps = None
+    steps = steps or Steps(decoder.config, rows, slots, dtype, device)
+    steps.cache.rows, steps.cache.reach = rows, 0
+    if device.type in GRAPHED:
+        _KEPT[decoder] = steps
+    return steps
 
 
 def shift(hidden: Tensor, documents: list[int] | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from episode import SEARCH_R1, Episode, Protocol, Segment
 from infra.config import setting
 from infra.parallel import uniforms
 from kernels import blocked, merged, sample
-from model import Decoder, KVCache
+from model import Decoder, Steps, open_steps
 from tokenizer import Tokenizer
 
 # Steps of the other rows before a search's results are used; a CPU cannot do both at once.
@@ -100,8 +100,11 @@ def generate(policy: Policy, retriever: SearchEngine | None,
             episode.status = "max_tokens"
     protocol = protocol or load_protocol(settings.protocol)
     bar = tqdm(rows, desc=progress, disable=not progress, leave=False, mininterval=1)
-    with merged(policy.decoder, policy.dtype), bar:
-        _Engine(policy, retriever, settings, protocol, seed).run(rows, bar)
+    # One slot more than the context: a row at its end writes there, and nothing reads it.
+    steps = open_steps(policy.decoder, min(settings.rollout_rows, len(rows)),
+                       settings.max_context_tokens + 1, policy.dtype)
+    with merged(policy.decoder, policy.dtype, steps.copies), bar:
+        _Engine(policy, retriever, settings, protocol, seed, steps).run(rows, bar)
     return episodes
 
 
@@ -137,11 +140,11 @@ class _Engine:
     """
 
     def __init__(self, policy: Policy, retriever: SearchEngine | None, settings: RolloutSettings,
-                 protocol: Protocol, seed: int) -> None:
+                 protocol: Protocol, seed: int, steps: Steps) -> None:
         self.decoder, self.tokenizer, self.retriever = *policy, retriever
         self.settings, self.protocol, self.seed = settings, protocol, seed
-        self.dtype, self.device = policy.dtype, policy.head.device
-        self.head = blocked(policy.head.to(self.dtype))
+        self.steps, self.cache, self.device = steps, steps.cache, policy.head.device
+        self.head = blocked(policy.head.to(policy.dtype))
         self.num_steps = 0
         # All closing tags end in ">", so only a token with that character can complete one.
         self.closers = policy.tokenizer.containing(">")
@@ -150,12 +153,7 @@ class _Engine:
     @torch.no_grad()
     def run(self, rows: list[_Row], bar: tqdm) -> None:
         """Play the episodes of these rows to their ends."""
-        self.waiting = iter(rows)
-        self.rows = [IDLE] * min(self.settings.rollout_rows, len(rows))
-        # One slot more than the context: a row at its end writes there, and nothing reads it.
-        slots = self.settings.max_context_tokens + 1
-        self.cache = KVCache(self.decoder.config, len(self.rows), slots,
-                             dtype=self.dtype, device=self.device)
+        self.waiting, self.rows = iter(rows), [IDLE] * self.cache.rows
         while self.fill(bar):
             searching, reading, writing = map(self.slots_in, ("searching", "reading", "writing"))
             if self.search is None and self.is_worth_it(searching, writing):
@@ -201,12 +199,12 @@ class _Engine:
         # It covers all rows, because gathering some of them would copy the cache. A row that does
         # not write repeats its position: what it puts there is overwritten before use.
         rows = [self.rows[slot] if slot in slots else IDLE for slot in range(len(self.rows))]
-        pending = torch.tensor([row.pending for row in rows], device=self.device)  # [B, 1]
         positions = [row.num_cached for row in self.rows]
-        cache = self.cache.step(torch.tensor(positions, device=self.device), max(positions) + 1)
-        hidden = self.decoder.hidden(pending, cache=cache)  # [B, 1, D]
+        # A search may use the GPU, too, and nothing else may happen there during a capture.
+        hidden = self.steps.hidden(self.decoder, [row.pending[0] for row in rows], positions,
+                                   may_capture=self.search is None)  # [B, D]
         self.num_steps += 1
-        self.sample(hidden[:, 0], rows)
+        self.sample(hidden, rows)
 
     def sample(self, hidden: Tensor, rows: list[_Row]) -> None:
         """Sample the next token of each row from hidden [B, D], and act on it."""

@@ -263,7 +263,7 @@ def test_rows_that_reach_equally_far_need_no_mask() -> None:
     decoder, ids = wide(QWEN), ids_of(2, 6)
     cache = KVCache(decoder.config, 2, 8)
     for at in range(6):
-        step = cache.step(torch.tensor([at, at]), at + 1)
+        step = cache.step(torch.tensor([at, at]), at + 1, are_equal=True)
         states = decoder.hidden(ids[:, at : at + 1], cache=step)
         assert step.mask is None
     torch.testing.assert_close(

@@ -16,7 +16,7 @@ import kernels
 import model
 from data import Question
 from episode import Episode
-from infra import guards
+from infra import cuda, guards
 from infra.run import Stop
 from model import Critic, load_decoder
 from rollout import generate
@@ -117,7 +117,7 @@ def test_packed_documents_and_rows_that_go_on_use_varlen_attention(version, monk
     q = torch.randn(1, 6, 8, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 1, 2, 12, 8, dtype=torch.float64, generator=generator)
     expected = model.attend_packed(q, k, v, documents, lengths)
-    monkeypatch.setattr(model, "find_varlen", lambda: model.causal(version))
+    monkeypatch.setattr(cuda, "find_varlen", lambda: cuda.causal(version))
     fail = Spy(monkeypatch, model, "attention")
     got = model.attend_packed(*(x.as_subclass(OnCuda) for x in (q, k, v)), documents, lengths)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
@@ -130,16 +130,16 @@ def test_packed_documents_and_rows_that_go_on_use_varlen_attention(version, monk
 def test_the_shapes_of_varlen_attention_fit_on_a_pretended_gpu(monkeypatch):
     pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    model.find_varlen.cache_clear()
-    model.offsets.cache_clear()
+    cuda.find_varlen.cache_clear()
+    cuda.offsets.cache_clear()
     with FakeTensorMode():
         q, k, v = (torch.empty(1, heads, tokens, 64, device="cuda", dtype=torch.bfloat16)
                    for heads, tokens in ((14, 30), (2, 50), (2, 50)))
         mixed = model.attend_packed(q, k, v, [10, 20], [30, 20])
         assert mixed.shape == q.shape and (mixed.dtype, mixed.device) == (q.dtype, q.device)
-        assert model.find_varlen() is not None
-    model.find_varlen.cache_clear()
-    model.offsets.cache_clear()
+        assert cuda.find_varlen() is not None
+    cuda.find_varlen.cache_clear()
+    cuda.offsets.cache_clear()
 
 
 def test_bf16_is_what_a_gpu_computes_in_unless_told():
