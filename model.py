@@ -364,7 +364,7 @@ class Steps:
             step = self.cache.step(self.positions[:rows], reach)
             return decoder.hidden(self.ids[:rows, None], cache=step)[:, 0]
 
-        return self.graphs.call((rows, reach), run, decoder, may_capture=may_capture)[:count]
+        return self.graphs.call((rows, reach), run, may_capture=may_capture)[:count]
 
 
 def open_steps(decoder: Decoder, rows: int, slots: int, dtype: torch.dtype) -> Steps:
@@ -379,7 +379,8 @@ def open_steps(decoder: Decoder, rows: int, slots: int, dtype: torch.dtype) -> S
             steps = None
     steps = steps or Steps(decoder.config, rows, slots, dtype, device)
     steps.cache.rows, steps.cache.reach = rows, 0
-    if device.type in GRAPHED:
+    if steps.graphs is not None:
+        steps.graphs.check(decoder)
         _KEPT[decoder] = steps
     return steps
 

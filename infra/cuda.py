@@ -56,12 +56,14 @@ class Graphs:
         self.pool: Any = None
         self.places: list[int] = []
 
-    def call(self, key: Hashable, run: Callable[[], Tensor], module: nn.Module, *,
-             may_capture: bool) -> Tensor:
-        """run(), by the graph of this key; what it returns holds until the next call."""
+    def check(self, module: nn.Module) -> None:
+        """Forget the graphs if weights of the module have moved, as those that FSDP gathers do."""
         places = [parameter.data_ptr() for parameter in module.parameters()]
-        if places != self.places:  # weights have moved, as those that FSDP gathers do
+        if places != self.places:
             self.graphs, self.places = {}, places
+
+    def call(self, key: Hashable, run: Callable[[], Tensor], *, may_capture: bool) -> Tensor:
+        """run(), by the graph of this key; what it returns holds until the next call."""
         if key not in self.graphs:
             if not may_capture:
                 return run()
