@@ -47,7 +47,7 @@ def pick_device(name: str) -> str:
 def start_processes(device: str, timeout_minutes: float) -> tuple[int, int, torch.device]:
     """Join torchrun's processes: (rank, number of processes, device); (0, 1, device) without it."""
     device = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "WORLD_SIZE" not in os.environ:  # torchrun's one process is a group: NCCL on one GPU
         return 0, 1, torch.device(device)
     num_here, is_numbered = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ":" in device
     if is_numbered or device == "cuda" and num_here > torch.cuda.device_count():
@@ -178,7 +178,7 @@ def row_weights(mask: Tensor, num_tokens: float, num_rows: float) -> Tensor:
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module], entry: str,
           dtype: torch.dtype | None = None) -> None:
-    """Split a module's weights, gradients and Adam over the processes; does nothing with one.
+    """Split a module's weights, gradients and Adam over torchrun's processes, if it runs.
 
     blocks: the parts that are gathered one after another; entry: the method that runs a forward
     pass, if it is not `forward`; dtype: that weights are gathered in (None: their own). Gradients

@@ -90,6 +90,7 @@ def test_graphs_write_what_steps_write_and_live_across_calls(mini, captured, mon
     again = generate(student, None, QUESTIONS[:6], SETTINGS, seed=4)
     assert len(captured) == count and places(student) == before
     monkeypatch.setattr(model, "GRAPHED", ())
+    model._KEPT.clear()
     assert_equal_episodes(again, generate(student, None, QUESTIONS[:6], SETTINGS, seed=4))
     student, _ = policies(mini)
     assert_equal_episodes(got, generate(student, None, QUESTIONS, SETTINGS, seed=3))

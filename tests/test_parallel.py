@@ -177,6 +177,25 @@ def test_two_processes_compute_what_one_computes(mini, tmp_path, phase):
     assert_same_metrics(one, read_rows(tmp_path / "two" / "metrics.jsonl"))
 
 
+def test_one_process_of_torchrun_is_a_group_that_shards_and_computes_the_same(mini, tmp_path):
+    flags = ["--phase", "dgpo", "--steps", "2", "--eval-every", "0"]
+    command = [ROOT / "train.py", "--config", mini / "mini.toml", "--run-dir", tmp_path / "group"]
+    group = torchrun(1, *command, *flags, "--shard", "all")
+    one = run(mini, tmp_path / "one", *flags)
+    finish(group)
+    assert_same_metrics(one, read_rows(tmp_path / "group" / "metrics.jsonl"))
+
+
+def test_torchrun_starts_a_group_of_one_process(monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert start_processes("cpu", 1.0) == (0, 1, torch.device("cpu")) and not started
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert start_processes("cpu", 1.0) == (0, 1, torch.device("cpu")) and started == [("gloo",)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("phase", "sharded", "more"), [
     ("kd", "all", ["--epochs", "1"]), ("dgpo", "all", ["--steps", "3"]),
