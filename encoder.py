@@ -1,5 +1,6 @@
 """Encoder: N texts of T tokens to vectors of width D, by a BERT, a RoBERTa or a decoder."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,14 @@ class Encoder(nn.Module):
                  f"{self.max_tokens} tokens", *self.notes)
         return ", ".join(parts)
 
+    def digest(self) -> str:
+        """A hash of the weights as they are held, by which a build knows its encoder again."""
+        hasher = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            hasher.update(name.encode())
+            hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return hasher.hexdigest()
+
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """ids [N, T], right-padded, with [CLS] and [SEP]; valid_mask [N, T]."""
         encodings, pad_id = self.tokenizer.encode_batch(texts), self.config.get("pad_token_id") or 0
@@ -111,8 +120,12 @@ class Encoder(nn.Module):
         return F.normalize(x, dim=-1) if self.normalize else x  # [N, D]
 
     @torch.no_grad()
-    def embed(self, texts: list[str], *, kind: str, batch_size: int = 64) -> Tensor:
-        """Vectors [N, D], fp32; `kind` ("query" or "passage") selects the prefix."""
+    def embed(self, texts: list[str], *, kind: str, batch_size: int = 64,
+              progress: Callable[[int], object] = lambda num: None) -> Tensor:
+        """Vectors [N, D], fp32; `kind` ("query" or "passage") selects the prefix.
+
+        progress: called with the number of texts of each batch that is done.
+        """
         texts = [self.prefixes[kind] + text for text in texts]
         texts = [text.lower() for text in texts] if self.lowercase else texts
         vectors = torch.empty(len(texts), self.width, device=next(self.parameters()).device)
@@ -120,6 +133,7 @@ class Encoder(nn.Module):
         for start in range(0, len(texts), batch_size):
             rows = by_length[start : start + batch_size]
             vectors[rows] = self(*self.encode([texts[i] for i in rows]))
+            progress(len(rows))
         return vectors
 
 

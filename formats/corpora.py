@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from infra.checkpoint import write_aside
-from infra.files import blaming, packing, parse_object, say
+from infra.files import blaming, packing, parse_object, read_json, say
+from infra.fingerprint import hash_of
 
 OPENERS = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open, None: open}
 IDS = ("id", "_id", "docid", "doc_id", "pid", "passage_id")  # BEIR has _id
@@ -52,6 +54,28 @@ def passage_of(row: dict[str, Any], where: str) -> tuple[str, str]:
     return str(names[0]), f"{title}\n{contents}" if has_head else contents
 
 
+def split_contents(contents: str) -> tuple[str, str]:
+    """(title, text); contents of one line have no title."""
+    title, newline, text = contents.partition("\n")
+    return (title, text) if newline else ("", contents)
+
+
+def join_contents(title: str, text: str) -> str:
+    """What split_contents takes apart into these."""
+    return f"{title}\n{text}" if title or "\n" in text else text
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """What tells in a second whether a large file is the one that was read before."""
+    about = path.stat()
+    return {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "sample": hash_of(path, False)}
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # np.save would give a path another ending
+        np.save(file, array)
+
+
 def refuse_other_formats(path: Path) -> None:
     """ValueError, with what to do, if a file does not hold a JSON object a line."""
     kind = packing(path)
@@ -68,34 +92,63 @@ def refuse_other_formats(path: Path) -> None:
 
 
 class Lines:
-    """A file of a passage a line, read by offsets: those of 21 million take 168 MB of memory."""
+    """A file of a passage a line, read by offsets, which stay on disk where `cache` names a place.
 
-    def __init__(self, path: Path) -> None:
+    cache: an index's path. Offsets and hash are kept beside it, in .rows.npy and .rows.json, and
+    taken while the corpus has the size, the time and the sampled contents that it had then.
+    is_known: False reads the whole file again whatever is kept.
+    """
+
+    def __init__(self, path: Path, cache: Path | None = None, *, is_known: bool = True) -> None:
         self.path = path
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: got no such file, expected a corpus (JSON lines)")
         refuse_other_formats(self.path)
         self._file = self.path.open("rb")
+        if cache is None:
+            return self._scan()
+        folder, name = (cache, "") if cache.is_dir() else (cache.parent, f".{cache.name}")
+        rows, about = folder / f"{name}.rows.npy", folder / f"{name}.rows.json"
+        facts = identity(self.path)
+        kept = read_json(about, {}) if is_known else {}
+        if not rows.is_file() or {key: kept.get(key) for key in facts} != facts:
+            self._scan()
+            kept = {**facts, "sha256": self.sha256}
+            try:
+                about.unlink(missing_ok=True)  # it must never stand beside offsets of another file
+                write_aside(rows, partial(save_array, self._offsets))
+                write_aside(about, lambda path: path.write_text(json.dumps(kept) + "\n"))
+            except OSError as error:
+                return say(f"{rows}: not written ({error}), so every start reads all of {path}")
+        with blaming(rows, "the offsets of a corpus"):
+            self._offsets, self.sha256 = np.load(rows, mmap_mode="r"), kept["sha256"]
+            if self._offsets[-1] != facts["size"]:
+                raise ValueError(f"offsets up to {self._offsets[-1]}; remove the file")
+
+    def _scan(self) -> None:
+        """Find the rows by reading all of the file, which gives its SHA-256 as well."""
         offsets, spaces, position, begins = [], [], 0, [0]
-        digest = hashlib.sha256()
-        while block := self._file.read(BLOCK):  # a line at a time is ten times as slow
-            characters = np.frombuffer(block, np.uint8)
-            starts = np.append(begins, np.flatnonzero(characters[:-1] == ord("\n")) + 1).astype(int)
-            offsets.append(starts + position)
-            spaces.append(offsets[-1][characters[starts] <= ord(" ")])
-            begins = [0] if characters[-1] == ord("\n") else []
-            digest.update(block)
-            position += len(block)
+        digest, size = hashlib.sha256(), self.path.stat().st_size
+        with tqdm(None, "scan", size, unit="B", unit_scale=True, delay=3) as bar:
+            while block := self._file.read(BLOCK):  # a line at a time is ten times as slow
+                characters = np.frombuffer(block, np.uint8)
+                ends = np.flatnonzero(characters[:-1] == ord("\n"))
+                starts = np.append(begins, ends + 1).astype(int)
+                offsets.append(starts + position)
+                spaces.append(offsets[-1][characters[starts] <= ord(" ")])
+                begins = [0] if characters[-1] == ord("\n") else []
+                digest.update(block)
+                position += len(block)
+                bar.update(len(block))
         if not position:
-            raise ValueError(f"{path}: got an empty file, expected a passage a line")
-        self._offsets = np.concatenate([*offsets, [position]])
-        self.sha256 = digest.hexdigest()
+            raise ValueError(f"{self.path}: got an empty file, expected a passage a line")
+        self.sha256, self._offsets = digest.hexdigest(), np.concatenate([*offsets, [position]])
         lines = np.searchsorted(self._offsets, np.concatenate(spaces))
-        self._blank = np.array([line for line in lines if not self._line(line).strip()], int)
-        if len(self._blank):  # they become the end of the row before them
-            self._offsets = np.delete(self._offsets, self._blank)
+        if blank := [line for line in lines if not self._line(line).strip()]:
+            # They become the end of the row before them.
+            self._offsets = np.delete(self._offsets, blank)
         if not len(self):
-            raise ValueError(f"{path}: got blank lines alone, expected a passage a line")
+            raise ValueError(f"{self.path}: got blank lines alone, expected a passage a line")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -105,18 +158,24 @@ class Lines:
         return os.pread(self._file.fileno(), end - start, start)
 
     def line_number(self, row: int) -> int:
-        if not len(self._blank):
-            return row + 1
-        return row + 1 + int((self._blank - np.arange(len(self._blank)) <= row).sum())
+        """Counted in the file, because blank lines are no rows: only messages need it."""
+        left, number = int(self._offsets[row]), 1
+        with self.path.open("rb") as file:
+            while block := file.read(min(BLOCK, left)):
+                number, left = number + block.count(b"\n"), left - len(block)
+        return number
 
     def read(self, row: int) -> tuple[str, str]:
         """(id, contents) of a row. Bytes that are not UTF-8 and lone surrogates become U+FFFD."""
         return self._parse(self._line(row), row)
 
     def _parse(self, line: bytes, row: int) -> tuple[str, str]:
-        where = f"{self.path}:{self.line_number(row)}"
         text = line.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-        return passage_of(parse_object(text, where), where)
+        try:
+            return passage_of(parse_object(text, ""), "")
+        except ValueError:  # again, with the number of the line, which takes time to find
+            where = f"{self.path}:{self.line_number(row)}"
+            return passage_of(parse_object(text, where), where)
 
     def check(self) -> None:
         """Read every row, so that a bad line is found before hours of embedding."""

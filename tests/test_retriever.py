@@ -26,8 +26,10 @@ import retriever
 from data import load_questions
 from encoder import Encoder
 from formats import indexes
+from formats.corpora import convert
 from infra.files import replace_surrogates
 from model import load_encoder
+from retrieval.build import build
 from retriever import Corpus, Retriever, TorchIndex
 from rollout import RolloutSettings
 from world.pretrain import new_encoder, save_encoder
@@ -154,7 +156,7 @@ def test_missing_and_empty_corpora_are_errors(tmp_path, encoder):
 def test_a_search_is_brute_force_whatever_the_chunks(monkeypatch, chunk_rows, top_k):
     """Small integers: products are exact and full of ties, so that the order is fixed."""
     if chunk_rows:
-        monkeypatch.setattr(retriever, "CHUNK_ELEMENTS", 6 * chunk_rows)
+        monkeypatch.setattr(retriever, "TILE_ELEMENTS", 6 * chunk_rows)
     random = np.random.default_rng(top_k)
     vectors = random.integers(-2, 3, (NUM_PASSAGES, 6)).astype(np.float32)
     queries = random.integers(-2, 3, (5, 6)).astype(np.float32)
@@ -175,7 +177,7 @@ def test_half_precision_vectors_are_multiplied_in_fp32(dtype):
 
 @pytest.mark.parametrize("chunk_rows", [4, 100])
 def test_equal_scores_come_in_the_order_of_rows(monkeypatch, chunk_rows):
-    monkeypatch.setattr(retriever, "CHUNK_ELEMENTS", 3 * chunk_rows)
+    monkeypatch.setattr(retriever, "TILE_ELEMENTS", 3 * chunk_rows)
     vectors = torch.ones(30, 3)
     vectors[[5, 17, 29]] = 2.0
     rows = TorchIndex(vectors).search(torch.ones(2, 3), 5)[1]
@@ -183,7 +185,7 @@ def test_equal_scores_come_in_the_order_of_rows(monkeypatch, chunk_rows):
 
 
 def test_a_search_returns_the_passages_of_faiss_flat(monkeypatch):
-    monkeypatch.setattr(retriever, "CHUNK_ELEMENTS", 64 * 999)
+    monkeypatch.setattr(retriever, "TILE_ELEMENTS", 64 * 999)
     faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
     random = np.random.default_rng(0)
     vectors = random.standard_normal((5_000, 32), dtype=np.float32)
@@ -236,50 +238,56 @@ def test_queries_find_the_same_alone_and_together(corpus, encoder):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_built_index_finds_what_a_search_without_one_finds(tmp_path, corpus, encoder_dir, dtype):
-    retriever.build(corpus, str(encoder_dir), tmp_path / "index", dtype=dtype)
+    build(corpus, str(encoder_dir), tmp_path / "index", dtype=dtype)
     direct = Retriever.load(corpus, encoder_dir).search(["ab cd", "e5"], 4)
     stored = Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
     assert stored.index.vectors.dtype == getattr(torch, dtype)
     results = stored.search(["ab cd", "e5"], 4)
     assert [[p.id for p in one] for one in results] == [[p.id for p in one] for one in direct]
-    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == [
-        "embeddings.npy",
-        "index.json",
-    ]
+    names = sorted(path.name for path in (tmp_path / "index").iterdir())
+    assert names == [".rows.json", ".rows.npy", "embeddings.npy", "index.json"]
 
 
 def test_a_build_that_was_stopped_goes_on_and_ends_the_same(
-    tmp_path, corpus, encoder_dir, monkeypatch
+    tmp_path, corpus, encoder_dir, monkeypatch, capfd
 ):
     monkeypatch.setattr(retriever, "EMBED_ROWS", 10)
-    retriever.build(corpus, str(encoder_dir), tmp_path / "at-once")
+    build(corpus, str(encoder_dir), tmp_path / "at-once")
     embedded = []
 
-    def embed(self, texts, *, kind, batch_size=64):
+    def embed(self, texts, *, kind, **options):
         if len(embedded) == 2:
             raise KeyboardInterrupt
-        embedded.append(len(texts))
-        return original(self, texts, kind=kind, batch_size=batch_size)
+        if kind == "passage" and options:  # one of the build
+            embedded.append(len(texts))
+        return original(self, texts, kind=kind, **options)
 
     original = Encoder.embed
     monkeypatch.setattr(Encoder, "embed", embed)
     with pytest.raises(KeyboardInterrupt):
-        retriever.build(corpus, str(encoder_dir), tmp_path / "parts")
+        build(corpus, str(encoder_dir), tmp_path / "parts")
     with pytest.raises(ValueError, match=f"done 20, expected {NUM_PASSAGES}"):
         Retriever.load(corpus, encoder_dir, index=tmp_path / "parts")
     embedded[:] = [0] * 9
-    retriever.build(corpus, str(encoder_dir), tmp_path / "parts")
+    build(corpus, str(encoder_dir), tmp_path / "parts")
     assert embedded[9:] == [10, 10, 1]
     at_once, parts = (np.load(tmp_path / n / "embeddings.npy") for n in ("at-once", "parts"))
     assert np.array_equal(at_once, parts)
     reader = Retriever.load(corpus, encoder_dir, index=tmp_path / "parts")
     num_embedded = len(embedded)
-    # A finished index is built anew: the encoder may have been trained again at the same path.
-    retriever.build(corpus, str(encoder_dir), tmp_path / "parts")
+    build(corpus, str(encoder_dir), tmp_path / "parts")
+    assert embedded[num_embedded:] == []  # it is finished
+    # The encoder may have been trained again at the same path: then it is built anew, and said.
+    changed = load_encoder(encoder_dir)
+    changed.embeddings["LayerNorm"].bias.data += 1e-3
+    save_encoder(changed, encoder_dir)
+    build(corpus, str(encoder_dir), tmp_path / "parts")
     assert embedded[num_embedded:] == [10, 10, 10, 10, 1]
+    assert "built again, because it has other values of weights" in capfd.readouterr().err
     assert np.array_equal(reader.index.vectors.numpy(), at_once)  # who reads the old file keeps it
+    at_once = np.load(tmp_path / "parts/embeddings.npy")
     (tmp_path / "parts/embeddings.npy").unlink()
-    retriever.build(corpus, str(encoder_dir), tmp_path / "parts")  # although index.json is there
+    build(corpus, str(encoder_dir), tmp_path / "parts")  # although index.json is there
     assert np.array_equal(np.load(tmp_path / "parts/embeddings.npy"), at_once)
     index = json.loads((tmp_path / "parts/index.json").read_text())
     assert index.pop("done") == NUM_PASSAGES
@@ -292,13 +300,13 @@ def test_a_stopped_build_of_another_corpus_starts_anew(tmp_path, corpus, encoder
     out.mkdir()
     np.save(out / "embeddings.npy", np.zeros((NUM_PASSAGES, 16), np.float16))
     (out / "index.json").write_text(json.dumps({"corpus_sha256": "other", "done": 30}))
-    retriever.build(corpus, str(encoder_dir), out)
+    build(corpus, str(encoder_dir), out)
     assert np.abs(np.load(out / "embeddings.npy")).sum(1).min() > 0
 
 
 def test_an_index_of_another_corpus_or_encoder_is_refused(tmp_path, corpus, encoder, encoder_dir):
     index = tmp_path / "index"
-    retriever.build(corpus, str(encoder_dir), index)
+    build(corpus, str(encoder_dir), index)
     fewer = write_corpus(tmp_path / "fewer.jsonl", passages()[:-1])
     with pytest.raises(ValueError, match=f"rows {NUM_PASSAGES}, expected {NUM_PASSAGES - 1}"):
         Retriever.load(fewer, encoder, index=index)
@@ -336,24 +344,27 @@ def test_faiss_that_is_not_installed_is_asked_for(
 ):
     monkeypatch.setitem(sys.modules, "faiss", None)
     (tmp_path / "e5_Flat.index").touch()
-    with pytest.raises(ImportError, match="pip install faiss-gpu"):
+    with pytest.raises(ImportError, match="pip install faiss-gpu where"):
         Retriever.load(corpus, encoder, index=tmp_path / "e5_Flat.index")
-    with pytest.raises(ImportError, match="pip install faiss-gpu"):
-        retriever.build(corpus, str(encoder_dir), tmp_path / "index", with_faiss=True)
+    with pytest.raises(ImportError, match="pip install faiss-gpu where"):
+        build(corpus, str(encoder_dir), tmp_path / "index", kind="ivf")
     assert Retriever.load(corpus, encoder).search(["ab"], 1)
 
 
 def test_faiss_files_find_what_torch_finds(tmp_path, corpus, encoder, encoder_dir):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
     index, queries = tmp_path / "index", ["ab cd", "e5"]
-    retriever.build(corpus, str(encoder_dir), index, dtype="float32", with_faiss=True)
+    build(corpus, str(encoder_dir), index, dtype="float32", kind="IVF1,SQ8")
     expected = [[p.id for p in one] for one in Retriever.load(corpus, encoder).search(queries, 50)]
     assert len(expected[0]) == NUM_PASSAGES
-    for way in ({"index": index, "backend": "faiss"}, {"index": index / "index.faiss"}):
+    for way in ({"index": index}, {"index": index, "backend": "faiss"},
+                {"index": index / "index.faiss"}):
         loaded = Retriever.load(corpus, encoder, **way)
         assert isinstance(loaded.index, retriever.FaissIndex)
         results = loaded.search(queries, 50)
         assert [[p.id for p in one] for one in results] == expected, way
+    exact = Retriever.load(corpus, encoder, index=index, backend="torch")
+    assert isinstance(exact.index, TorchIndex)
     fewer = write_corpus(tmp_path / "fewer.jsonl", passages()[:-1])
     with pytest.raises(ValueError, match=f"rows {NUM_PASSAGES}, expected {NUM_PASSAGES - 1}"):
         Retriever.load(fewer, encoder, index=index / "index.faiss")
@@ -410,7 +421,8 @@ def stub_of_faiss(monkeypatch, **of_index) -> None:
     """faiss reads an index of three passages with these attributes."""
     index = SimpleNamespace(**{"metric_type": 0, "ntotal": 3, "d": 2, **of_index})
     faiss = SimpleNamespace(
-        METRIC_INNER_PRODUCT=0, read_index=lambda _: index, vector_to_array=np.array,
+        METRIC_INNER_PRODUCT=0, IO_FLAG_MMAP_IFC=1, IO_FLAG_ONDISK_SAME_DIR=2,
+        read_index=lambda path, flags: index, vector_to_array=np.array,
         downcast_index=lambda inner: inner)  # fmt: skip
     monkeypatch.setattr(indexes, "faiss_module", lambda: faiss)
 
@@ -531,7 +543,7 @@ def test_r3_several_passages_are_compared_with_the_index(tmp_path, many, encoder
     index = tmp_path / "index"
     index.mkdir()
     loaded = Retriever.load(path, encoder)
-    facts = {**retriever._facts(loaded.corpus, encoder), "done": NUM_ROWS}
+    facts = {**retriever.index_facts(loaded.corpus, encoder), "done": NUM_ROWS}
     (index / "index.json").write_text(json.dumps(facts))
     for got, is_good in ((vectors, True), (spoilt, False), (np.zeros_like(vectors), False),
                          (np.full_like(vectors, np.nan), False)):  # fmt: skip
@@ -545,7 +557,7 @@ def test_r3_several_passages_are_compared_with_the_index(tmp_path, many, encoder
 
 def test_r3_vectors_on_disk_are_whole_floats_of_the_right_shape(tmp_path, corpus, encoder_dir):
     index = tmp_path / "index"
-    retriever.build(corpus, str(encoder_dir), index)
+    build(corpus, str(encoder_dir), index)
     whole = (index / "embeddings.npy").read_bytes()
     for size in (0, 20, 200):
         (index / "embeddings.npy").write_bytes(whole[:size])
@@ -562,14 +574,14 @@ def test_r3_vectors_on_disk_are_whole_floats_of_the_right_shape(tmp_path, corpus
 
 def test_r3_what_a_build_left_behind_is_not_taken_for_an_index(tmp_path, corpus, encoder_dir):
     index = tmp_path / "index"
-    retriever.build(corpus, str(encoder_dir), index)
+    build(corpus, str(encoder_dir), index)
     for name in (".index.json.partial7", ".index.faiss.partial7", "embeddings.npy.partial"):
         (index / name).write_bytes(b"x")
     assert Retriever.load(corpus, encoder_dir, index=index).search(["ab"], 1)
-    with pytest.raises(FileNotFoundError, match="--faiss"):
+    with pytest.raises(FileNotFoundError, match="--kind ivf"):
         Retriever.load(corpus, encoder_dir, index=index, backend="faiss")
     (index / "index.faiss").write_bytes(b"of an older build")
-    retriever.build(corpus, str(encoder_dir), index)
+    build(corpus, str(encoder_dir), index)
     assert not (index / "index.faiss").exists()
 
 
@@ -578,7 +590,7 @@ def test_r3_a_file_of_faiss_in_an_unfinished_folder_is_not_searched(tmp_path, ma
     index = tmp_path / "index"
     index.mkdir()
     write_faiss(index / "index.faiss", vectors, "Flat")
-    facts = retriever._facts(Retriever.load(path, encoder).corpus, encoder)
+    facts = retriever.index_facts(Retriever.load(path, encoder).corpus, encoder)
     (index / "index.json").write_text(json.dumps({**facts, "done": 7}))
     for way in ({"index": index, "backend": "faiss"}, {"index": index / "index.faiss"}):
         with pytest.raises(ValueError, match="done 7, expected 600"):
@@ -590,7 +602,7 @@ def test_r3_an_index_that_is_built_anew_while_it_is_opened_is_refused(
 ):
     """The builder removes index.json first, so a reader that sees it twice has the old vectors."""
     index = tmp_path / "index"
-    retriever.build(corpus, str(encoder_dir), index)
+    build(corpus, str(encoder_dir), index)
     read = retriever.read_vectors
 
     def read_beside_a_builder(path):
@@ -621,8 +633,8 @@ def test_r4_a_bad_line_is_found_before_anything_is_embedded(
     with pytest.raises(ValueError, match=message):
         Retriever.load(path, encoder)
     with pytest.raises(ValueError, match=message):
-        retriever.build(path, str(encoder_dir), tmp_path / "index")
-    assert not (tmp_path / "index").exists()
+        build(path, str(encoder_dir), tmp_path / "index")
+    assert not (tmp_path / "index/index.json").exists()
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -639,7 +651,7 @@ def test_r4_blank_lines_are_passed_over(tmp_path, encoder, encoder_dir, end):
     ]
     numbers = [lines.lines.line_number(row) for row in range(len(lines))]
     assert [mixed[number - 1] for number in numbers] == rows
-    retriever.build(path, str(encoder_dir), tmp_path / "index")
+    build(path, str(encoder_dir), tmp_path / "index")
     plain = write_corpus(tmp_path / "plain.jsonl", passages())
     expected = [int(p.id) - 100 for p in Retriever.load(plain, encoder).search(["ab"], 9)[0]]
     found = Retriever.load(path, encoder, index=tmp_path / "index").search(["ab"], 9)[0]
@@ -677,7 +689,7 @@ def test_r4_a_built_index_is_opened_without_reading_every_line_again(
     tmp_path, corpus, encoder_dir, monkeypatch
 ):
     """Of 14 GB that would take minutes at every start; the build has read them."""
-    retriever.build(corpus, str(encoder_dir), tmp_path / "index")
+    build(corpus, str(encoder_dir), tmp_path / "index")
     read = []
     monkeypatch.setattr(Corpus, "check", None, raising=False)
     original = retriever.Lines.read
@@ -744,11 +756,11 @@ def test_r5_other_formats_are_refused_with_a_command_that_converts_them(tmp_path
     message = f"{name}: got {kind}.*python retriever.py convert --corpus .*{name} --out"
     with pytest.raises(ValueError, match=message):
         Retriever.load(path, encoder)
-    retriever.convert(path, out)
+    convert(path, out)
     assert [json.loads(line) for line in out.read_text().splitlines()] == expected
     assert len(Retriever.load(out, encoder).corpus) == 2
     with pytest.raises(FileExistsError, match="which is there already"):
-        retriever.convert(path, out)
+        convert(path, out)
 
 
 def test_r5_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(
@@ -760,16 +772,16 @@ def test_r5_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(
         Retriever.load(path, encoder)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
-        retriever.convert(path, tmp_path / "out.jsonl")
+        convert(path, tmp_path / "out.jsonl")
     monkeypatch.undo()
     pyarrow = pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match="c.parquet: got .*expected a parquet file"):
-        retriever.convert(path, tmp_path / "out.jsonl")
+        convert(path, tmp_path / "out.jsonl")
     from pyarrow import parquet
 
     rows = [{"id": 1, "title": "Red", "text": "red is red"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    retriever.convert(path, tmp_path / "out.jsonl")
+    convert(path, tmp_path / "out.jsonl")
     assert Corpus(tmp_path / "out.jsonl").read(0) == ("1", "Red\nred is red")
 
 
@@ -789,7 +801,7 @@ def test_r5_a_conversion_that_cannot_be_true_is_refused_and_leaves_nothing(
 ):
     (tmp_path / "c.x").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        retriever.convert(tmp_path / "c.x", tmp_path / "out.jsonl")
+        convert(tmp_path / "c.x", tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["c.x"]
 
 
@@ -815,8 +827,8 @@ def test_r7_a_build_says_how_many_passages_are_cut_also_when_it_goes_on(
 
     monkeypatch.setattr(Encoder, "embed", embed)
     with pytest.raises(KeyboardInterrupt):
-        retriever.build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
-    retriever.build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
+        build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
+    build(path, str(encoder_dir), tmp_path / "index", max_tokens=30)
     said = capfd.readouterr().err
     assert "73.2% of passages are longer than 30 tokens and cut" in said
     assert "30 tokens" in said
@@ -826,7 +838,7 @@ def test_r7_an_index_is_searched_with_the_length_that_it_was_built_with(
     tmp_path, corpus, encoder_dir, capfd
 ):
     """Older indexes of E5 were built with 256 tokens of its 512."""
-    retriever.build(corpus, str(encoder_dir), tmp_path / "index", max_tokens=20)
+    build(corpus, str(encoder_dir), tmp_path / "index", max_tokens=20)
     facts = json.loads((tmp_path / "index/index.json").read_text())
     assert facts["max_tokens"] == 20
     capfd.readouterr()
@@ -844,7 +856,7 @@ def test_r1_an_index_with_other_prefixes_is_refused_and_prefixes_can_be_given(
     tmp_path, corpus, encoder_dir
 ):
     given = {"query": "q ", "passage": "p "}
-    retriever.build(corpus, str(encoder_dir), tmp_path / "index", prefixes=given)
+    build(corpus, str(encoder_dir), tmp_path / "index", prefixes=given)
     with pytest.raises(ValueError, match="prefixes.*--passage-prefix"):
         Retriever.load(corpus, encoder_dir, index=tmp_path / "index")
     loaded = Retriever.load(corpus, encoder_dir, index=tmp_path / "index", prefixes=given)
