@@ -1,6 +1,5 @@
 """Encoder: N texts of T tokens to vectors of width D, by a BERT, a RoBERTa or a decoder."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,14 +85,6 @@ class Encoder(nn.Module):
         parts = (f"pooling {self.pooling}", norm, f"prefixes {prefixes}",
                  f"{self.max_tokens} tokens", *self.notes)
         return ", ".join(parts)
-
-    def digest(self) -> str:
-        """A hash of the weights as they are held, by which a build knows its encoder again."""
-        hasher = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            hasher.update(name.encode())
-            hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return hasher.hexdigest()
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """ids [N, T], right-padded, with [CLS] and [SEP]; valid_mask [N, T]."""

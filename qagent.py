@@ -47,10 +47,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -476,55 +474,27 @@ def search(
     return SearchResult(collected_passages(episode), episode.queries, trace)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """POST /search {"question": text} -> {"passages": [...], "queries": [...], "trace": text}.
+def serve(look_up: Callable[[str], SearchResult], host: str, port: int) -> Any:
+    """A server that listens; its serve_forever() answers.
 
-    A passage is {id, title, text}. An error is {"error": text} with status 400 or 500.
+    POST /search {"question": text} -> {"passages": [...], "queries": [...], "trace": text}. A
+    passage is {id, title, text}. An error is {"error": text}.
     """
+    from infra.http import Server  # here, because only this command needs it
 
-    look_up: Callable[[str], SearchResult]  # set by `serve`
     lock = threading.Lock()  # the model answers one question at a time
-    timeout = 30  # seconds for a client to send the body that it announced
 
-    def do_POST(self) -> None:
-        try:
-            question = self.read_question()
-            with self.lock:
-                result = type(self).look_up(question)
-            passages = [{"id": p.id, "title": p.name, "text": p.text} for p in result.passages]
-            self.reply(200, {"passages": passages, "queries": result.queries,
-                             "trace": result.trace})
-        except ValueError as error:
-            self.reply(400, {"error": str(error)})
-        except (OSError, RuntimeError) as error:
-            self.reply(500, {"error": str(error)})
-
-    def read_question(self) -> str:
-        if self.path != "/search":
-            raise ValueError(f"{self.path}: got an unknown path, expected /search")
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            raise ValueError(f"Content-Length: got {length!r}, expected at most {MAX_BODY}")
-        row = json.loads(self.rfile.read(int(length)))
+    def answer(row: Any) -> dict[str, Any]:
         question = row.get("question") if isinstance(row, dict) else None
         if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
             raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most "
                              f"{MAX_QUESTION} characters")
-        return replace_surrogates(question)
+        with lock:
+            result = look_up(replace_surrogates(question))
+        passages = [{"id": p.id, "title": p.name, "text": p.text} for p in result.passages]
+        return {"passages": passages, "queries": result.queries, "trace": result.trace}
 
-    def reply(self, status: int, value: dict[str, Any]) -> None:
-        body = json.dumps(value, ensure_ascii=False).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def serve(look_up: Callable[[str], SearchResult], host: str, port: int) -> ThreadingHTTPServer:
-    """A server that listens; its serve_forever() answers."""
-    door = type("Door", (Handler,), {"look_up": staticmethod(look_up)})
-    return ThreadingHTTPServer((host, port), door)
+    return Server({("POST", "/search"): answer}, host, port, max_body=MAX_BODY)
 
 
 # ---- how good the passages are for generators ----
@@ -642,7 +612,7 @@ def main(argv: list[str]) -> None:
         recorded=partial(recorded_settings, sorted(RECORDED | {"max_queries"})),
         description="A plug-and-play search agent.", default_config=evaluation.DEFAULT_CONFIG)
     check_files(command, settings)
-    if not (settings.corpus and settings.encoder):
+    if "://" not in settings.index and not (settings.corpus and settings.encoder):
         raise ValueError(f"got corpus {settings.corpus!r} and encoder {settings.encoder!r}, "
                          "expected both; give --corpus and --encoder")
     generator = policy = retriever = None
@@ -657,11 +627,11 @@ def main(argv: list[str]) -> None:
         return run_measure(settings, policy, retriever)
     look_up = partial(search, policy=policy, retriever=retriever, settings=settings)
     if command == "serve":
+        from infra.http import run_until_stopped
+
         server = serve(look_up, settings.host, settings.port)
         print(f"http://{settings.host}:{settings.port}/search; Ctrl-C ends it", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
-        return
+        return run_until_stopped(server)
     question = settings.question
     result = look_up(question)
     print(result.trace)

@@ -36,7 +36,7 @@ def play(run: Run, settings: TrainSettings, policy: Policy, session: Session, ta
     num_failed = sum(episode.status == "search_error" for episode in episodes)
     from infra.guards import check_room, check_searches  # here, so that `import train` is small
     check_room(episodes, settings.max_context_tokens)
-    check_searches(*sum_over_processes(torch.tensor(num_failed), torch.tensor(len(episodes))))
+    check_searches(*sum_over_processes(torch.tensor(num_failed), torch.tensor(len(episodes))), run)
     return episodes, first
 
 

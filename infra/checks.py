@@ -49,11 +49,12 @@ def check_asked(settings: Any) -> None:
     if prompt.is_file() and "{question}" not in prompt.read_text(encoding="utf-8"):
         raise ValueError(f"--prompt: got {prompt} without {{question}}, expected it in the "
                          "question's place")
-    searches = settings.max_turns > 0
+    searches = settings.max_turns > 0 and "://" not in settings.index  # else another one searches
     if not settings.questions or searches and not (settings.corpus and settings.encoder):
         raise ValueError(f"phase {settings.phase}: got --questions {settings.questions!r}, "
                          f"--corpus {settings.corpus!r}, --encoder {settings.encoder!r}, expected "
-                         "all three (the last two are not needed with --max-turns 0)")
+                         "all three (the last two are not needed with --max-turns 0 or an --index "
+                         "http://...)")
 
 
 def check_session(settings: Any, num: int, num_val: int) -> None:

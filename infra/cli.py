@@ -275,7 +275,8 @@ def _of_project(value: Any, field: dataclasses.Field) -> Any:
     if isinstance(value, tuple):
         return tuple(_of_project(item, field) for item in value)
     *names, kind = (field.metadata["reads"] or field.metadata["writes"]).split("|")
-    if kind in ("", "FILE.py:NAME") or value in ("", *names) or kind == "DIR" and is_remote(value):
+    is_elsewhere = kind == "DIR" and is_remote(value) or kind == "PATH" and "://" in value
+    if kind in ("", "FILE.py:NAME") or value in ("", *names) or is_elsewhere:
         return value  # load_named looks into the project itself
     return in_project(value)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infra.parallel import max_over_processes, sum_over_processes
-from infra.run import Stop
+from infra.run import Run, Stop
 
 # Before the first update the policy is the one that acted. Two layers stay below 1e-5 (a test); the
 # largest gap in 400 steps of the embedded world's models was 2.6e-5. A real mismatch ends the run.
@@ -30,11 +30,18 @@ def check_first_ratio(gaps: Tensor, step: int, dtype: torch.dtype) -> float:
     return largest
 
 
-def check_searches(num_failed: float, num_episodes: float) -> None:
-    """Stop when most searches failed; fewer are left out of learning (batch.collate)."""
+def check_searches(num_failed: float, num_episodes: float, run: Run | None = None) -> None:
+    """Stop when most searches failed; fewer are left out of learning (batch.collate).
+
+    run: its state after the last step is saved before. That of a schedule may be ahead of it.
+    """
     if 2 * num_failed > num_episodes:
+        kept = ""
+        if run is not None and run.steps_done and not run.schedule:
+            run.save()
+            kept = f"the state after step {run.steps_done} is saved; "
         raise Stop(f"the retriever failed in {num_failed:.0f} of {num_episodes:.0f} episodes, see "
-                   "above why; mend it, or raise --search-timeout-s, then --resume")
+                   f"above why; {kept}mend it, or raise --search-timeout-s, then --resume")
 
 
 def check_room(episodes: Sequence[Any], max_context_tokens: int) -> None:

@@ -59,7 +59,8 @@ def check_paths(settings: Any) -> None:
         if kind and phase not in makers:
             value = getattr(settings, field.name)
             for name in value if isinstance(value, tuple) else (value,):
-                if name not in ("", *words) and not (kind == "DIR" and is_remote(name)):
+                is_elsewhere = kind == "DIR" and is_remote(name) or "://" in name
+                if name not in ("", *words) and not is_elsewhere:
                     advice = f"--phase {makers[0]} makes it" if makers else ""
                     check_path(name, kind, flag_of(field.name), advice)
 

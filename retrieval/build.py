@@ -11,6 +11,7 @@ A build that is killed goes on: each file is whole or not there, and a chunk of 
 counted in `done` is written again. Legend: N passages, D width.
 """
 
+import hashlib
 import json
 import math
 from functools import partial
@@ -61,7 +62,7 @@ def build(corpus: Path, encoder: str, out: Path, *, kind: str = "flat", dtype: s
     say(f"encoder {encoder}: {models[0]}")
     dtype = "int8" if kind == "sq8" else dtype
     factory = factory_text(kind, len(lines), models[0].width)
-    facts = {"encoder": encoder, "weights": models[0].digest(), "kind": kind, "dtype": dtype,
+    facts = {"encoder": encoder, "weights": weights_hash(models[0]), "kind": kind, "dtype": dtype,
              "factory": factory, **index_facts(lines, models[0])}
     if faiss is not None:
         check_factory(faiss, factory, models[0].width)
@@ -115,6 +116,15 @@ def load_encoders(encoder: str, *, device: str = "cpu", encoder_dtype: str | Non
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return [load_encoder(encoder, device=name, dtype=getattr(torch, dtype), **reading)
             for name in devices]
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """Of the weights as they are held, by which a build knows its encoder again."""
+    hasher = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        hasher.update(name.encode())
+        hasher.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()
 
 
 def begin(out: Path, facts: dict[str, Any], lines: Corpus, models: list[Encoder]) -> int:

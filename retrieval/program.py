@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from formats.corpora import convert
+from formats.indexes import FaissIndex
 from infra.cli import Parser, reporting
 from infra.config import is_remote
 from infra.parallel import pick_device
@@ -101,9 +102,9 @@ def main(argv: list[str]) -> None:
 
 
 def set_nprobe(retriever: Retriever, nprobe: int) -> None:
-    if not hasattr(retriever.index, "probe"):
-        raise ValueError(f"--nprobe {nprobe}: got an index of kind {retriever.index.kind}, expected "
-                         "one with lists (IVF); drop it")
+    if not isinstance(retriever.index, FaissIndex):
+        raise ValueError(f"--nprobe {nprobe}: got an index of kind {retriever.index.kind}, "
+                         "expected one with lists (IVF); drop it")
     retriever.index.probe(nprobe)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("infra", "formats", "world", "experiments", "examples")
+WINGS = ("infra", "formats", "retrieval", "world", "experiments", "examples")
 METHOD = (
     "dgpo", "baselines", "episode", "batch", "rollout", "sampling", "settings", "session", "distil",
     "reinforce", "train",
@@ -33,7 +33,7 @@ MAX_REPOSITORY_BYTES = 12e6
 FLOORS = (
     ("dgpo", "kernels", "infra.*"),
     ("formats.*",),
-    ("weights", "tokenizer", "data", "encoder", "model", "retriever"),
+    ("weights", "tokenizer", "data", "encoder", "model", "retriever", "retrieval.*"),
     ("episode", "batch"),
     ("rollout",),
     ("settings", "sampling", "session"),
@@ -170,7 +170,8 @@ def test_import_train_loads_the_method_and_little_else():
     assert sum(sizes.values()) <= MAX_TRAIN_LINES, sizes
     unwanted = {*SYSTEMS, "eval", "retriever", "encoder", "baselines", "http.server"}
     assert not unwanted & loaded.keys()
-    assert not [name for name in loaded if re.match(r"(world|experiments|examples)(\.|$)", name)]
+    wings = r"(world|experiments|examples|retrieval)(\.|$)"
+    assert not [name for name in loaded if re.match(wings, name)]
     assert set(sizes) == {
         str(MODULES[name].relative_to(ROOT))
         for name in ("train", *reachable("train", follow_lazy=False))

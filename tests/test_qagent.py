@@ -521,13 +521,14 @@ def test_a_question_comes_in_by_the_door_and_passages_and_trace_go_out(door):
 
 
 @pytest.mark.parametrize(("path", "body", "status", "message"), [
-    ("/other", b"{}", 400, "expected /search"), ("/search", b"not json", 400, "Expecting value"),
+    ("/other", b"{}", 404, "expected POST /search"),
+    ("/search", b"not json", 400, "Expecting value"),
     ("/search", b"[]", 400, "expected a text"),
     ("/search", b'{"question": " "}', 400, "expected a text"),
     ("/search", b'{"question": 3}', 400, "expected a text"),
     ("/search", b'{"question": "fail"}', 500, "index is away"),
     ("/search", json.dumps({"question": "x" * 5000}).encode(), 400, "at most 4000"),
-    ("/search", b" " * 70_000, 400, "Content-Length"),
+    ("/search", b" " * 70_000, 413, "Content-Length"),
 ])
 def test_what_cannot_be_answered_is_refused_with_its_reason(door, path, body, status, message):
     got, reply = post(door + path, body)
