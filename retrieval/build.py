@@ -14,6 +14,7 @@ counted in `done` is written again. Legend: N passages, D width.
 import hashlib
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +51,7 @@ def build(corpus: Path, encoder: str, out: Path, *, kind: str = "flat", dtype: s
     dtype: of the stored vectors. reading: device, dtype, prefixes, max_tokens of load_encoder;
     `encoder_dtype` by default float32 on a CPU, float16 on GPUs.
     """
+    started = time.perf_counter()
     faiss = None if kind in ("flat", "sq8", "bm25") else faiss_module()  # say so now if it misses
     out.mkdir(parents=True, exist_ok=True)
     lines = Corpus(unpacked(corpus, out), out)
@@ -83,7 +85,8 @@ def build(corpus: Path, encoder: str, out: Path, *, kind: str = "flat", dtype: s
         add_index(faiss, out, facts, vectors, scales)
     say_cut(sum(model.num_cut for model in models), lines, models[0])
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix != ".jsonl")
-    print(f"{out}: {len(lines)} passages, kind {kind}, {size / 2**30:.2f} GiB"
+    print(f"{out}: {len(lines)} passages, kind {kind}, {size / 2**30:.2f} GiB, "
+          f"{time.perf_counter() - started:.0f} s"
           + (f"; search it with --corpus {lines.path}" if lines.path != corpus else ""))
 
 

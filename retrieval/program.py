@@ -56,6 +56,8 @@ def make_parser() -> Parser:
         command.add_argument("--top-k", type=count, default=3, help="passages a query")
     search.add_argument("queries", nargs="+")
     versus.add_argument("--questions", type=Path, required=True, help="JSON lines: the queries")
+    versus.add_argument("--exact", type=Path, help="folder whose vectors are searched exactly; "
+                        "default: the index's own")
     versus.add_argument("--limit", type=count, help="only the first questions")
     add_serving(serve)
     return parser
@@ -82,10 +84,12 @@ def main(argv: list[str]) -> None:
             check_path(options["encoder"], "DIR", "--encoder")
         if options.get("index"):
             check_path(str(options["index"]), "PATH", "--index")
+        if options.get("exact"):
+            check_path(str(options["exact"]), "PATH", "--exact")
         if command == "build":
             return build(**options)
-        own = ("queries", "top_k", "questions", "limit", "host", "port", "max_queries", "timeout_s",
-               "nprobe")
+        own = ("queries", "top_k", "questions", "exact", "limit", "host", "port", "max_queries",
+               "timeout_s", "nprobe")
         mine = {name: options.pop(name) for name in own if name in options}
         retriever = Retriever.load(**options)
         if (nprobe := mine.pop("nprobe")) is not None:
