@@ -26,10 +26,13 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import retriever
+import sampling
 from data import Passage
 from formats import corpora
 from formats.corpora import Lines, join_contents, split_contents
+from infra.checkpoint import newest_state
 from infra.http import Refused
+from infra.run import Stop
 from model import load_encoder
 from retrieval import bm25, compare, remote, serve
 from retrieval import build as building
@@ -37,6 +40,8 @@ from retrieval.build import build, to_int8
 from retrieval.remote import RemoteRetriever
 from retriever import Retriever, TorchIndex, inner_products, split_products
 from tests.support.mini import make_encoder
+from tests.support.runs import run
+from tests.support.scripted import play
 from world.pretrain import save_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -452,8 +457,8 @@ class Shelf:
 class Door:
     """A server on a free port."""
 
-    def __init__(self, engine: object, **options: object) -> None:
-        self.server = serve.open_server(engine, "127.0.0.1", 0, **options)
+    def __init__(self, engine: object, port: int = 0, **options: object) -> None:
+        self.server = serve.open_server(engine, "127.0.0.1", port, **options)
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -744,3 +749,92 @@ def test_answers_that_are_none_are_asked_again(monkeypatch):
 def test_no_server_at_the_start_is_one_message():
     with pytest.raises(ConnectionError, match="--index: got http://127.0.0.1:9/retrieve: "):
         RemoteRetriever("http://127.0.0.1:9", timeout_s=0.3)
+
+
+# ---- programs that search a served index ----
+
+
+def test_episodes_of_a_served_index_are_those_of_the_index_itself(place, tokenizer):
+    """Token for token."""
+    loaded = Retriever.load(place / "corpus.jsonl", place / "encoder")
+    door = Door(loaded)
+    scripts = {
+        "one": "<search> amber </search>", "two": "<search>kelp lagoon</search>",
+        "three": "<search> nothing, really </search>",
+    }  # fmt: skip
+    ids = []
+    for engine in (loaded, RemoteRetriever(door.url, timeout_s=20)):
+        episodes = play(tokenizer, scripts, engine)
+        assert all(episode.num_searches for episode in episodes.values())
+        ids.append({name: episode.ids for name, episode in episodes.items()})
+    assert ids[0] == ids[1]
+    door.server.stop(1.0)
+
+
+def test_a_run_whose_served_index_stays_away_ends_with_a_state_and_goes_on_from_it(
+    mini, tmp_path, monkeypatch
+):
+    loaded, real, calls = Retriever.load(mini / "corpus.jsonl", mini / "encoder"), [], []
+    real, door = sampling.generate, Door(loaded)
+    flags = ["--phase", "dgpo", "--index", door.url, "--steps", "3", "--save-every", "0",
+             "--eval-every", "0", "--search-timeout-s", "0.5"]  # fmt: skip
+    dies_at = 99
+
+    def generate(policy, engine, questions, *arguments, **options):
+        """The student of this world writes no query, so each episode asks one here."""
+        calls.append(1)
+        if len(calls) == dies_at:
+            door.server.stop(1.0)
+        episodes = real(policy, engine, questions, *arguments, **options)
+        for episode in episodes:
+            try:
+                assert engine.search([episode.question.question], 1)[0]
+            except ConnectionError:
+                episode.status = "search_error"
+        return episodes
+
+    monkeypatch.setattr(sampling, "generate", generate)
+    whole = run(mini, tmp_path / "whole", *flags)
+    calls.clear()
+    dies_at = 2
+    message = "failed in 8 of 8 episodes.* the state after step 1 is saved; mend it, .*--resume"
+    with pytest.raises(Stop, match=message):
+        run(mini, tmp_path / "run", *flags)
+    assert newest_state(tmp_path / "run")[0].name == "step_000001"
+    with pytest.raises(ConnectionError, match="--index: got http"):
+        run(mini, tmp_path / "run", *flags, "--resume")
+    door = Door(loaded, int(door.port))
+    dies_at = 99
+    assert run(mini, tmp_path / "run", *flags, "--resume") == whole
+    door.server.stop(1.0)
+
+
+@pytest.mark.parametrize("program", ["train", "eval", "ask", "qagent"])
+def test_every_program_takes_an_address_in_the_place_of_an_index(program, mini, shelf):
+    """Its paths are checked, and its retriever opened, as the programs do it."""
+    import ask
+    import eval as evaluation
+    import qagent
+    from infra import cli
+    from infra.checks import check_asked
+    from infra.programs import check_paths
+    from settings import TrainSettings
+
+    door = Door(shelf)
+    cls = {"train": TrainSettings, "eval": evaluation.EvalSettings, "ask": ask.AskSettings,
+           "qagent": qagent.SearchSettings}[program]  # fmt: skip
+    argv = ["--config", str(mini / "mini.toml")] if program == "train" else ["--config", "none"]
+    models = {"train": (), "ask": ("--question", "x")}.get(program, ())
+    if program != "train":
+        models += ("--model", str(mini / "student"), "--corpus", str(mini / "corpus.jsonl"),
+                   "--encoder", str(mini / "encoder"))  # fmt: skip
+    if program in ("eval", "qagent"):
+        models += ("--questions", str(mini / "questions.jsonl"))
+    settings = cli.load(cls, [*argv, *models, "--index", door.url], prog=f"{program}.py",
+                        description="")  # fmt: skip
+    check_paths(settings)
+    if program == "train":
+        settings.corpus = settings.encoder = ""
+        check_asked(settings)  # neither is needed
+    assert isinstance(retriever.open_retriever(settings), RemoteRetriever)
+    door.server.stop(1.0)
