@@ -620,6 +620,18 @@ def test_a_search_that_fails_or_takes_too_long_is_an_error_with_its_reason(shelf
     door.server.stop(1.0)
 
 
+def test_a_search_longer_than_the_time_for_reading_is_answered(shelf):
+    door = Door(shelf, read_s=0.3)
+    shelf.wait_s = 1.0
+    head = b"POST /retrieve HTTP/1.1\r\nConnection: close\r\nContent-Length: 18\r\n\r\n"
+    answer = raw(door, head + b'{"queries": ["a"]}')
+    assert answer.startswith(b"HTTP/1.1 200") and b"a 0" in answer
+    client = http.client.HTTPConnection("127.0.0.1", door.port, timeout=10)
+    client.request("POST", "/retrieve", b'{"queries": ["a"]}')
+    assert client.getresponse().status == 200
+    door.server.stop(1.0)
+
+
 def test_too_many_queries_and_connections_are_sent_away(shelf, monkeypatch):
     monkeypatch.setattr(serve, "MAX_WAITING", 1)
     batcher = serve.Batcher(shelf.search)
