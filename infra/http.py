@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        self.timeout = self.server.read_s  # of each single wait for the client
+        self.timeout = 2 * self.server.read_s  # of a single wait; the deadline comes first
         self.is_late = self.is_answering = False
         self.deadline = time.monotonic() + self.server.read_s
         super().setup()

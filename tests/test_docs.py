@@ -36,7 +36,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 LIVING_PAGES = [page for page in PAGES if page != LOG]
 PROSE_PAGES = [page for page in PAGES if page.parent.name != "results"]  # not printed by programs
 MAX_README_BYTES, MAX_SENTENCE_WORDS = 8000, 30
-CODE_FOLDERS = ("", "infra", "world", "experiments", "examples", "tests", "tests/support")
+CODE_FOLDERS = ("", "infra", "retrieval", "world", "experiments", "examples", "tests",
+                "tests/support")
 SCRIPTS_ON_PAGES = {"subset.py"}  # a page prints them whole
 FOREIGN_FLAGS = {"--shutdown-timeout"}  # of torchrun, beside those of its own parser
 MAX_COLUMNS = 100
