@@ -41,7 +41,7 @@ SHARD_ROWS = 2**20  # vectors added to one part of an index: 0.8 GB in 8 bits at
 ADD_ROWS = 2**15  # vectors that are held as fp32 meanwhile
 TRAIN_ROWS = 40  # vectors for each list that its place is found by
 PROBED = 64  # one of so many lists is searched, and at least MIN_PROBED
-MIN_PROBED = 16
+MIN_PROBED = 64
 
 
 def build(corpus: Path, encoder: str, out: Path, *, kind: str = "flat", dtype: str = "float16",
