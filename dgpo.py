@@ -62,10 +62,7 @@ DIVERGENCES = ("forward", "reverse", "skew", "skew_reverse", "jsd", "taid")
 
 def divergence(log_p: Tensor, log_q: Tensor, *, kind: str = "forward",
                mix: float | Tensor = 0.1) -> Tensor:
-    """How far the student's p is from the teacher's q, nats: log-probabilities [N, V] -> [N].
-
-    mix: a number; that of "taid", which moves, may be a tensor [], so that one graph serves all.
-    """
+    """How far the student's p is from the teacher's q, nats: log-probabilities [N, V] -> [N]."""
     if kind == "forward" or (kind, mix) == ("jsd", 0):  # Eq. 1's second term; limit of JSD / mix
         return kl(log_q, log_p)
     if kind == "reverse" or (kind, mix) == ("jsd", 1):  # GKD, MiniLLM; limit of JSD / (1 - mix)
@@ -169,15 +166,13 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     """
     # [B, T] from here, with the response tokens of a row first.
     order = response_mask.byte().argsort(dim=1, descending=True, stable=True)
-    rewards, values_ = (torch.where(response_mask, x, 0.0).gather(1, order)
-                        for x in (rewards, values))
-    advantages = rewards - values_  # delta, once the next value is in
-    advantages[:, :-1] += gamma * values_[:, 1:]
+    rewards, base = (torch.where(response_mask, x, 0.0).gather(1, order) for x in (rewards, values))
+    advantages = rewards - base  # delta, once the next value is in
+    advantages[:, :-1] += gamma * base[:, 1:]
     # A_t = sum_k (gamma lambda)^k delta_(t + k): each pass adds as many terms as are in already.
     num_terms = 1
     while num_terms < advantages.shape[1]:
-        later = advantages[:, num_terms:]
-        advantages[:, :-num_terms] += (gamma * gae_lambda) ** num_terms * later
+        advantages[:, :-num_terms] += (gamma * gae_lambda) ** num_terms * advantages[:, num_terms:]
         num_terms *= 2
     advantages = torch.zeros_like(advantages).scatter(1, order, advantages)
     return advantages, torch.where(response_mask, advantages + values, 0.0)

@@ -51,8 +51,7 @@ class RolloutSettings:
     encoder: str = setting("", "checkpoint of the passage encoder", reads="DIR")
     query_prefix: str | None = setting(None, "before each query; none: its own", rare=True)
     passage_prefix: str | None = setting(None, "before each passage; none: its own", rare=True)
-    index: str = setting("", "of the corpus; empty: embed it at the start; or who serves it",
-                         reads="URL|PATH")
+    index: str = setting("", "of the corpus, or its server; empty: embed now", reads="URL|PATH")
     search_timeout_s: float = setting(60.0, "a longer search has failed", above=0, rare=True)
 
 

@@ -18,7 +18,7 @@ GIB, F32 = 2**30, 4
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes
 # Of kernels.py and rollout.py, which are above this file; a test compares them.
 HEAD_TILE = {"cpu": 2**21, "cuda": 2**28}  # logits at once
-ROWS_TILE = {"cpu": 2**24, "cuda": 2**28}  # of a divergence
+ROWS_TILE = {"cpu": 11_500_000, "cuda": 2**28}  # of a divergence
 MAX_PREFILL_TOKENS = 16384
 # Bytes an entry of a tile: eager on a CPU (measured), compiled on a GPU (not measured).
 HEAD_TILE_BYTES = {"cpu": 28, "cuda": 8}

@@ -189,7 +189,7 @@ def test_metrics_in_the_page_are_written_by_the_code():
     assert not [word for word in words if not re.search(rf"\b{word}\b|_{word}\b", code)]
 
 
-WINGS = ("infra", "formats", "world", "experiments", "examples")
+WINGS = ("infra", "retrieval", "formats", "world", "experiments", "examples")
 
 
 def listed(page: Path) -> set[str]:

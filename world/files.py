@@ -19,7 +19,8 @@ SEED = 7
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line; the bytes are the same on every machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    short = (",", ":")  # a committed world without blanks is a tenth smaller
+    lines = [json.dumps(row, ensure_ascii=False, separators=short) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
