@@ -554,7 +554,7 @@ WRONG = [
     (b'{"queries": ["a"], "topk": 2.5}', 400, "topk"),
     (b'{"queries": ["a"], "topk": 1001}', 400, "topk"),
     (b'{"queries": ["a"], "return_scores": 1}', 400, "return_scores"),
-    (b" " * (2**20 + 1), 413, "Content-Length"),
+    (b" " * (2**20 + 1), 413, "Content-Length"), (b" " * 2**24, 413, "Content-Length"),
 ]  # fmt: skip
 
 
@@ -706,10 +706,11 @@ def test_the_program_serves_and_stops_when_it_is_asked(place, tmp_path):
     process = subprocess.Popen([*command[:-1], str(free_port())], text=True, cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     address = process.stdout.readline().split()[0]
-    with urllib.request.urlopen(address, b'{"queries": ["amber"], "topk": 1}', timeout=60) as reply:
+    body = b'{"queries": ["amber"], "topk": 1}'
+    with urllib.request.urlopen(address, body, timeout=300) as reply:
         assert len(json.load(reply)["result"][0]) == 1
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0 and "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=300) == 0 and "Traceback" not in process.stderr.read()
 
 
 def free_port() -> int:
