@@ -1,6 +1,7 @@
 # make demo and make test work on a fresh clone: they create .venv and install what is missing.
 #
 #   PYTHON=python3.12 make demo    another interpreter (3.11 or newer)
+#   FAISS=cpu make setup           install faiss-cpu (30 MB), for approximate indexes on a laptop
 #   FAISS=1 make setup             install faiss-gpu without an nvidia-smi, too; FAISS=0: never
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 #                                  Linux without a GPU: torch's CPU build, some gigabytes smaller
@@ -10,6 +11,10 @@ PY := .venv/bin/python
 # faiss-gpu is optional and a download of 878 MB (see requirements.txt). It is installed where it
 # can use a GPU, or where you ask for it.
 FAISS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),1,0)
+# What becomes of the line of faiss-gpu in requirements.txt, by the value of FAISS.
+FAISS_LINE_0 := /^faiss-gpu/d
+FAISS_LINE_1 :=
+FAISS_LINE_cpu := s/^faiss-gpu==\([^;]*\).*/faiss-cpu==\1/
 JOBS ?= 2
 STAMP := .venv/.installed-faiss$(FAISS)
 
@@ -26,10 +31,9 @@ $(STAMP): requirements.txt requirements-dev.txt
 	  "%s is Python %d.%d: this project needs 3.11 or newer; run make PYTHON=python3.11" \
 	  % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv .venv
-	@# pip takes requirements from files: copies without the faiss-gpu line where it is not wanted.
+	@# pip takes requirements from files.
 	@mkdir -p .venv/requirements
-	@grep -v $(if $(filter 1,$(FAISS)),'^$$','^faiss-gpu') requirements.txt \
-	  > .venv/requirements/requirements.txt
+	@sed '$(FAISS_LINE_$(FAISS))' requirements.txt > .venv/requirements/requirements.txt
 	@cp requirements-dev.txt .venv/requirements/
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  -r .venv/requirements/requirements-dev.txt

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "faiss-gpu")  # versions in run.json
+# Their versions are in run.json.
+PACKAGES = ("torch", "tokenizers", "safetensors", "numpy", "faiss-gpu", "faiss-cpu")
 RANGE = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "above"),
          "at_most": (operator.le, "at most"), "below": (operator.lt, "below")}
 ABOUT = {"choices": (), "reads": "", "writes": "", "needed": False, "made_by": "", "of": "",

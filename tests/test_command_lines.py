@@ -245,7 +245,7 @@ HELP = [
     "train.py --config configs/world.toml configs/bard.toml --phase bard-rl",
     *("rollout.py", "rollout.py ask", "ask.py", "eval.py", "eval.py arcap", "eval.py table"),
     *("eval.py compare", "retriever.py", "retriever.py build", "retriever.py search"),
-    *("viewer.py", "viewer.py watch"),
+    *("retriever.py serve", "retriever.py compare", "viewer.py", "viewer.py watch"),
     *("data.py", "data.py prepare", "bard.py", "bard.py ask", "bard.py measure", "qagent.py"),
     *(f"qagent.py {command}" for command in ("search", "answer", "serve", "measure")),
     *("world.build", "world.build build-trails", "world.demonstrate"),

@@ -186,7 +186,7 @@ def test_equal_scores_come_in_the_order_of_rows(monkeypatch, chunk_rows):
 
 def test_a_search_returns_the_passages_of_faiss_flat(monkeypatch):
     monkeypatch.setattr(retriever, "TILE_ELEMENTS", 64 * 999)
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=cpu make setup)")
     random = np.random.default_rng(0)
     vectors = random.standard_normal((5_000, 32), dtype=np.float32)
     queries = random.standard_normal((64, 32), dtype=np.float32)
@@ -352,7 +352,7 @@ def test_faiss_that_is_not_installed_is_asked_for(
 
 
 def test_faiss_files_find_what_torch_finds(tmp_path, corpus, encoder, encoder_dir):
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=cpu make setup)")
     index, queries = tmp_path / "index", ["ab cd", "e5"]
     build(corpus, str(encoder_dir), index, dtype="float32", kind="IVF1,SQ8")
     expected = [[p.id for p in one] for one in Retriever.load(corpus, encoder).search(queries, 50)]
@@ -377,7 +377,7 @@ def test_faiss_files_find_what_torch_finds(tmp_path, corpus, encoder, encoder_di
 
 def test_faiss_is_asked_for_its_gpus_before_it_is_given_them(tmp_path):
     """index_cpu_to_all_gpus gives an empty index on a machine without GPUs, and says nothing."""
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=cpu make setup)")
     if "gpu" in faiss.get_compile_options().lower() and faiss.get_num_gpus():
         pytest.skip("this machine has a GPU")
     flat = faiss.IndexFlatIP(2)
@@ -468,7 +468,7 @@ def many(tmp_path_factory, encoder) -> tuple[Path, np.ndarray]:
 
 
 def write_faiss(path: Path, vectors: np.ndarray, kind: str, ids: np.ndarray | None = None) -> Path:
-    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=1 make setup)")
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (FAISS=cpu make setup)")
     index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors) if ids is None else index.add_with_ids(vectors, ids)
