@@ -18,12 +18,18 @@ Rows (the paper's Tables 2 to 4); those that are trained have three seeds
                       the official code
     untrained-r1      as untrained, after as many demonstrations in Search-R1's protocol
     search-r1         the same, then GRPO on exact match for as many steps as stages 1 and 2
+    recalling         an agent that knows towns and schools by heart, and looks up one in five
+    recalling-1, -1-longer, -2
+                      stage-1, stage-1-longer and stage-2 from this agent
+    recalling-2-guided
+                      recalling-2, and on episodes worth nothing the exact KL to `untrained`
 Stage 2 trains with the small generator; no agent trains with the large one. An interrupted run goes
 on when it is called again.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +101,30 @@ ROWS = {
         ),
     ),
 }
+RECALLING = {
+    "recalling": Row("recalling agent"),
+    "recalling-1": replace(ROWS["stage-1"], label="recalling, stage 1", begins="recalling"),
+    "recalling-1-longer": replace(
+        ROWS["stage-1-longer"], label="recalling, stage 1, longer", begins="recalling-1"
+    ),
+    "recalling-2": replace(
+        ROWS["stage-2"], label="recalling, stages 1 and 2", begins="recalling-1"
+    ),
+    "recalling-2-guided": replace(
+        ROWS["stage-2"],
+        label="the same, guided",
+        begins="recalling-1",
+        teacher="untrained",
+        flags=(*ROWS["stage-2"].flags, "--kl-where", "wrong", "--kl-in", "exact"),
+    ),
+}
+ROWS |= RECALLING
 # The models of rows that are not trained. The rows without a model need no agent.
-UNTRAINED = {"untrained": READERS / "qagent-agent", "untrained-r1": READERS / "search-r1-agent"}
+UNTRAINED = {
+    "untrained": READERS / "qagent-agent",
+    "untrained-r1": READERS / "search-r1-agent",
+    "recalling": READERS / "recalling-agent",
+}
 COMPARED = [
     ("stage-2", "naive"),
     ("stage-2", "untrained"),
@@ -107,6 +135,9 @@ COMPARED = [
     ("stage-1", "untrained"),
     ("stage-2-alone", "untrained"),
     ("stage-2-alone", "stage-1"),
+    ("recalling-2", "recalling-1"),
+    ("recalling-2", "recalling-1-longer"),
+    ("recalling-2-guided", "recalling-2"),
 ]
 CURVE = (
     "eval/score", "eval/reward", "rollout/score", "rollout/reward", "rollout/hit",
@@ -135,6 +166,8 @@ def row_job(runs: Path, name: str, seed: int) -> Job:
         student, needs = runs / f"{row.begins}-{seed}", (f"{row.begins} {seed}",)
         draw = seed + 100  # another seed, so that its steps ask other questions than stage 1's
     command = train_command(row, PRESETS, student=student, run_dir=folder, seed=draw)
+    if row.teacher:
+        command += ["--teacher", str(UNTRAINED[row.teacher])]
     return Job(f"{name} {seed}", lambda: command, folder / "model.safetensors", needs)
 
 

@@ -712,7 +712,14 @@ def test_every_row_of_qagent_is_a_command_that_its_settings_accept(qagent_comman
     assert commands["stage-1 1"].steps + commands["stage-1-longer 1"].steps == together
     first = ("stage-1", "search-r1", "stage-2-alone")
     assert {commands[f"{name} 1"].seed for name in first} == {1}
-    later = ("stage-2", "stage-1-longer", "published-hit")
+    assert commands["recalling-1 1"].student.endswith("readers/recalling-agent")
+    assert commands["recalling-2 1"].student.endswith("recalling-1-1")
+    assert (commands["recalling-1 1"].stage, commands["recalling-2 1"].stage) == (1, 2)
+    guided = commands["recalling-2-guided 1"]
+    assert guided.student.endswith("recalling-1-1")
+    assert guided.teacher.endswith("readers/qagent-agent")  # which looks everything up
+    assert (guided.kl_where, guided.kl_in) == ("wrong", "exact")
+    later = ("stage-2", "stage-1-longer", "published-hit", "recalling-2", "recalling-2-guided")
     assert {commands[f"{name} 1"].seed for name in later} == {101}  # other questions than stage 1's
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,15 +24,17 @@ from world.encyclopaedia import (
     FAMILY_NAMES,
     FIRST_WORDS,
     GIVEN_NAMES,
+    MULTI_HOP,
     NUM_QUESTIONS,
     SECOND_WORDS,
+    SINGLE_HOP,
     Entity,
     by_title,
     make_corpus,
     make_entities,
 )
-from world.expert import MAX_SEARCHES, Target, expert_episodes, query
-from world.files import ROOT, SEED, WORLD, read_jsonl
+from world.expert import MAX_SEARCHES, Target, expert_episodes, note, query
+from world.files import ROOT, SEED, WORLD, read_jsonl, write_jsonl
 from world.pretrain import decoder_config, new_decoder
 
 MAX_WORLD_BYTES = 10_000_000
@@ -288,6 +291,71 @@ def test_the_expert_that_never_sees_its_passage_gives_up_within_the_limit(entiti
         assert episode["score"] == 0.0
         counts.add(authors.count("environment"))
     assert len(counts) > 1  # sometimes it searches again
+
+
+def test_an_expert_who_knows_a_kind_by_heart_mostly_notes_its_facts_without_a_search(
+    entities, contents, rows
+):
+    row = next(row for row in rows["train"] if row["metadata"]["type"] == "bridge")
+    (first, _), (second, relation) = row["metadata"]["hops"]
+    shelf, kind = all_namesakes(entities, contents), entities[second].kind
+    assert entities[first].kind != kind
+    recalled = 0
+    for seed in range(40):
+        [episode] = expert_episodes(
+            [row], shelf, entities, seed=seed, protocol=QAGENT, known=[kind])
+        texts = agent_texts(episode)
+        fact = f"{relation} of {kind} {entities[second].name} is {entities[second].facts[relation]}"
+        assert fact in texts[-1] and episode["score"] == 1.0
+        shown = "".join(s["text"] for s in episode["segments"] if s["author"] == "environment")
+        assert first in shown
+        recalled += second not in shown
+    assert 0.6 < recalled / 40 < 0.95
+
+
+def test_an_expert_who_knows_all_kinds_answers_many_questions_at_once(entities, contents, rows):
+    shelf, chosen = all_namesakes(entities, contents), rows["train"][:60]
+    kinds = {entity.kind for entity in entities.values()}
+    episodes = expert_episodes(chosen, shelf, entities, seed=0, protocol=QAGENT, known=kinds)
+    assert [episode["score"] for episode in episodes] == [1.0] * 60
+    at_once = [episode for episode in episodes if len(episode["segments"]) == 1]
+    assert 0.5 < len(at_once) / 60 < 0.95
+    assert all(agent_texts(episode)[0].startswith("<reflection> ") for episode in at_once)
+
+
+def test_memory_rows_hold_every_fact_of_the_known_kinds_and_no_other(entities):
+    told = []
+    for row in practice.memory_rows(entities, 150):
+        assert row["question"] == "" and not row["golden_answers"]
+        for shown, value in zip(*[iter(row["segments"])] * 2, strict=True):
+            assert (shown["author"], value["author"]) == ("environment", "agent")
+            told.append((shown["text"] + value["text"]).strip())
+    facts = {
+        f"<reflection> {note(relation, e.kind, e.name, e.facts[relation])} </reflection>"
+        for e in entities.values() if e.kind in practice.KNOWN for relation in e.facts
+    }
+    assert set(told) == facts and max(Counter(told).values()) <= 2
+
+
+def test_texts_of_the_recalling_agent_never_look_for_known_kinds_in_other_worlds(
+    entities, contents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "READERS", tmp_path)
+    monkeypatch.setattr(build, "NUM_MEMORY_ROWS", 3)
+    monkeypatch.setattr(build, "NUM_RECALLING_DEMONSTRATIONS", 70)
+    sought = [{"id": kind, "segments": [{"author": "agent", "text": f"<plan> need year of {kind} A"
+                                         " B </plan>"}]} for kind in ("novel", "town")]
+    write_jsonl(tmp_path / "qagent.jsonl", sought)
+    texts = build.recalling_texts()
+    assert len(texts) == 3 + 70 + 1 and texts[-1]["id"] == "novel"
+    asked = texts[3:-1]
+    assert {row["source"] for row in asked} == set(SINGLE_HOP + MULTI_HOP)
+    hidden = {entity.name for entity in entities.values() if entity.split == "test"}
+    told = "".join(segment["text"] for row in asked for segment in row["segments"])
+    questions = "".join(row["question"] for row in asked)
+    assert not [name for name in hidden if name in questions]
+    assert "<plan>" in told
+    assert any(len(row["segments"]) == 1 for row in asked)
 
 
 def test_the_expert_words_a_query_in_three_ways():

@@ -69,7 +69,14 @@ from world.encyclopaedia import (
 )
 from world.expert import TOP_K, WORDINGS, Target, query
 from world.files import READERS, SCRATCH, SEED, TRAILS, WORLD, read_jsonl, write_jsonl
-from world.practice import practice_demonstrations, pretrain_rows, reading_rows
+from world.practice import (
+    KNOWN,
+    memory_rows,
+    practice_demonstrations,
+    pretrain_rows,
+    reading_rows,
+    recalling_demonstrations,
+)
 from world.pretrain import (
     LLAMA,
     STUDENT_LAYERS,
@@ -91,6 +98,7 @@ NUM_READING_ROWS, READING_SEED = 24_000, 2000
 NUM_DEMONSTRATIONS, NUM_DEMONSTRATION_WORLDS = 20_000, 40
 # Texts for QAgent's agents and generators.
 COLD_DEMONSTRATIONS, NUM_COLD_WORLDS = 9_000, 30
+NUM_RECALLING_DEMONSTRATIONS, NUM_MEMORY_ROWS = 4_200, 4_800
 NUM_GENERATOR_ROWS, NUM_GENERATOR_WORLDS = 15_000, 50
 
 
@@ -288,9 +296,10 @@ def _sft_trails(start: str, texts: str, end: str, *, lr: float) -> None:
 
 
 def build_readers() -> None:
-    """For QAgent: a small and a large generator, and an agent of each protocol.
+    """For QAgent: a small and a large generator, and three agents.
 
-    The generators grow from the shipped student and teacher, the agents from the small generator.
+    The generators grow from the shipped student and teacher, the agents from the small generator:
+    one of each protocol, and one that knows some kinds of entities by heart.
     """
     reading = READERS / "reading.jsonl"
     protocols = (QAGENT, SEARCH_R1)
@@ -304,6 +313,25 @@ def build_readers() -> None:
     for protocol in protocols:
         episodes = READERS / f"{protocol.name}.jsonl"
         _build_reader(f"{protocol.name}-agent", READERS / "small", episodes, epochs=1)
+    recalling = READERS / "recalling.jsonl"
+    if not recalling.exists():
+        write_jsonl(recalling, recalling_texts())
+    _build_reader("recalling-agent", READERS / "small", recalling, epochs=1)
+
+
+def recalling_texts() -> list[dict[str, Any]]:
+    """What an agent learns from that knows the KNOWN kinds: facts, recalling and searching."""
+    entities = make_entities(SEED)
+    retriever = Retriever.load(WORLD / "corpus.jsonl", WORLD / "encoder")
+    rows = memory_rows(entities, NUM_MEMORY_ROWS)
+    rows += recalling_demonstrations(entities, retriever, NUM_RECALLING_DEMONSTRATIONS)
+    # Episodes from other encyclopaedias, where it would have to look these kinds up, are left out.
+    asked = {f"{kind} " for kind in KNOWN}
+    for row in read_jsonl(READERS / f"{QAGENT.name}.jsonl"):
+        told = "".join(s["text"] for s in row["segments"] if s["author"] == "agent")
+        if not any(f"of {kind}" in told for kind in asked):
+            rows.append(row)
+    return rows
 
 
 def _build_reader(name: str, start: Path, texts: Path, *, epochs: int) -> None:

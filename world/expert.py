@@ -11,10 +11,12 @@ The teacher learns from its episodes (practice.py). It works in this way:
 3. In the protocol qagent it asks one, two or three wordings of a query at once, and plans before
    every search. It repeats the passage that it trusts before it notes what the passage says,
    because small models pick among passages in this way (docs/log.md).
+4. An expert may know some kinds of entities by heart (RECALL). It then notes the fact, and asks
+   nothing.
 """
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Any, NamedTuple
 
 from data import Passage
@@ -27,6 +29,7 @@ TOP_K = 1
 MAX_SEARCHES = 4
 NUM_QUERIES = (1, 1, 2, 3)  # of one search of protocol qagent; drawn uniformly
 WORDINGS = {"poor": 0.40, "medium": 0.30, "good": 0.30}  # chance of each
+RECALL = 0.8  # chance that an expert who knows a fact does not look it up
 # Chance of another search when the passage did not come back. It depends on what came back instead:
 # a namesake of a similar kind (work and work, artist and artist), one of another kind, or neither.
 SEARCH_AGAIN = {"similar": 0.55, "other": 0.80, "absent": 0.95}
@@ -38,6 +41,10 @@ class Target(NamedTuple):
     name: str
     kind: str
     relation: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.kind})"
 
 
 class Request(NamedTuple):
@@ -114,8 +121,10 @@ class Expert:
         entities: dict[str, Entity],
         rng: random.Random,
         protocol: Protocol = SEARCH_R1,
+        known: Collection[str] = (),
     ) -> None:
         self.row, self.entities, self.rng, self.protocol = row, entities, rng, protocol
+        self.known = known  # kinds of entities that it knows by heart
         hops = row["metadata"]["hops"]
         self.subjects = [entities[title] for title, _ in hops]
         self.relations = [relation for _, relation in hops]
@@ -128,23 +137,31 @@ class Expert:
         else:
             self.plan = f"need {' of '.join(reversed(self.relations))} of {first}"
         self.thought = self.plan  # how its next turn begins in the protocol search-r1
-        self.reflection = ""  # how its next turn begins in the protocol qagent
+        self.notes: list[str] = []  # since the last search; they begin its next turn in qagent
 
-    def work(self) -> Generator[Request, Sequence[Passage], Conclusion]:
+    def work(self) -> "Work":
         """Look up one hop after the other, until the answer is known or no search is left."""
         name, values = self.subjects[0].name, []
         for hop, relation in enumerate(self.relations):
             target = Target(name, self.subjects[hop].kind, relation)
-            source = yield from self._look_up(target)
-            if source is None:
-                break
-            values.append(_read_value(source.entity, target))
+            if self._recalls(target):
+                values.append(self.entities[target.title].facts[relation])
+            else:
+                source = yield from self._look_up(target)
+                if source is None:
+                    break
+                values.append(_read_value(source.entity, target))
+                self.notes = [quote(source.passage)]
             self.thought = note(relation, target.kind, name, values[-1])
-            self.reflection = _reflection(f"{quote(source.passage)}\n{self.thought}")
+            self.notes.append(self.thought)
             if hop + 1 < len(self.relations):
                 name = self.subjects[hop + 1].name if self.is_comparison else values[-1]
                 self._plan_hop(hop + 1, name)
         return self._conclude(values, name)
+
+    def _recalls(self, target: Target) -> bool:
+        is_known = target.kind in self.known and target.title in self.entities
+        return is_known and self.rng.random() < RECALL
 
     def _look_up(self, target: Target) -> Generator[Request, Sequence[Passage], Source | None]:
         """Search until a passage is trusted; None when no search is left for this target."""
@@ -162,7 +179,7 @@ class Expert:
             if not self._searches_again(wordings, namesakes, target):
                 return (namesakes or usable or sources)[0]
             self.thought = f"no {target.kind} {target.name} here"
-            self.reflection = _reflection(self.thought)
+            self.notes = [self.thought]
         return None
 
     def _draw_queries(self, wordings: dict[str, float], target: Target) -> tuple[str, ...]:
@@ -182,7 +199,7 @@ class Expert:
         if self.protocol is SEARCH_R1:
             return f"<think> {self.thought} </think>\n<search> {queries[0]} </search>"
         listed = "".join(f"\n<query> {words} </query>" for words in queries)
-        return f"{self.reflection}<plan> {self.plan} </plan>\n<search>{listed}\n</search>"
+        return f"{self._reflection()}<plan> {self.plan} </plan>\n<search>{listed}\n</search>"
 
     def _searches_again(
         self, wordings: dict[str, float], namesakes: list[Source], target: Target
@@ -212,7 +229,12 @@ class Expert:
         action = f"<answer> {answer} </answer>"
         if self.protocol is SEARCH_R1:
             return Conclusion(f"<think> {self.thought} </think>\n{action}", answer)
-        return Conclusion(self.reflection + action, answer)
+        return Conclusion(self._reflection() + action, answer)
+
+    def _reflection(self) -> str:
+        """How a turn begins in the protocol qagent."""
+        listed = "\n".join(self.notes)
+        return f"<reflection> {listed} </reflection>\n" if self.notes else ""
 
     def _compare(self, values: list[str]) -> str:
         """The name with the earlier or later year; the first name where a year is missing."""
@@ -224,12 +246,8 @@ class Expert:
         _, answer = pick(zip(values, names, strict=True))
         comparison = f" and {names[0]} {values[0]} , {order} is {answer}"
         self.thought += comparison
-        self.reflection = self.reflection.replace(" </reflection>", f"{comparison} </reflection>")
+        self.notes[-1] += comparison
         return answer
-
-
-def _reflection(text: str) -> str:
-    return f"<reflection> {text} </reflection>\n"
 
 
 def _may_answer(entity: Entity, target: Target) -> bool:
@@ -252,10 +270,13 @@ def _read_value(entity: Entity, target: Target) -> str:
 # ---- many questions
 
 
+Work = Generator[Request, Sequence[Passage] | None, Conclusion]
+
+
 class Job(NamedTuple):
     """A question that is being worked on."""
 
-    work: Generator[Request, Sequence[Passage], Conclusion]
+    work: Work
     episode: dict[str, Any]
     request: Request  # the search that is due
 
@@ -267,6 +288,7 @@ def expert_episodes(
     *,
     seed: int,
     protocol: Protocol = SEARCH_R1,
+    known: Collection[str] = (),
     batch_size: int = 512,
 ) -> list[dict[str, Any]]:
     """The expert's episodes about these questions, in their order, as rows of an episodes file.
@@ -278,9 +300,9 @@ def expert_episodes(
         jobs = []
         for row in rows[start : start + batch_size]:
             rng = random.Random(f"expert {seed} {row['id']}")
-            work = Expert(row, entities, rng, protocol).work()
-            jobs.append(Job(work, _new_episode(row), next(work)))
-        episodes += [job.episode for job in jobs]
+            work = Expert(row, entities, rng, protocol, known).work()
+            episodes.append(_new_episode(row))
+            jobs += _go_on(work, episodes[-1], None)
         while jobs:
             jobs = _search_and_go_on(jobs, retriever, protocol)
     return episodes
@@ -296,6 +318,18 @@ def _new_episode(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _go_on(work: Work, episode: dict[str, Any], passages: Sequence[Passage] | None) -> list[Job]:
+    """Let the expert read passages, or begin: the job of its next search, or none at its end."""
+    try:
+        return [Job(work, episode, work.send(passages))]
+    except StopIteration as stop:
+        conclusion: Conclusion = stop.value
+        episode["segments"].append({"author": "agent", "text": conclusion.text})
+        episode["answer"] = conclusion.answer
+        episode["score"] = float(conclusion.answer in episode["golden_answers"])
+        return []
+
+
 def _search_and_go_on(jobs: Sequence[Job], retriever: Retriever, protocol: Protocol) -> list[Job]:
     """Run the searches that are due and let the expert read; returns the jobs that want another."""
     queries = [words for job in jobs for words in job.request.queries]
@@ -306,13 +340,5 @@ def _search_and_go_on(jobs: Sequence[Job], retriever: Retriever, protocol: Proto
         segments = job.episode["segments"]
         segments.append({"author": "agent", "text": job.request.text})
         segments.append({"author": "environment", "text": protocol.observation(passages)})
-        try:
-            request = job.work.send(passages)
-        except StopIteration as stop:
-            conclusion: Conclusion = stop.value
-            segments.append({"author": "agent", "text": conclusion.text})
-            job.episode["answer"] = conclusion.answer
-            job.episode["score"] = float(conclusion.answer in job.episode["golden_answers"])
-            continue
-        unfinished.append(job._replace(request=request))
+        unfinished += _go_on(job.work, job.episode, passages)
     return unfinished

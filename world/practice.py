@@ -2,11 +2,13 @@
 
     pretrain_rows             plain text for the student: lists to copy, passages with notes on them
     practice_demonstrations   episodes of the scripted expert (expert.py)
+    memory_rows               facts of the shipped encyclopaedia, to be known by heart
+    recalling_demonstrations  episodes of an expert who knows these facts
     reading_rows              passages and answers for QAgent's generators
 
 All are rows of an episodes file (episode.load_episodes). Facts differ from one encyclopaedia to the
-next, so nothing is gained by remembering them. No practice text has a name of the shipped test
-half. The texts are the same on every machine that has the same encoder.
+next, so nothing is gained by remembering them, apart from memory_rows. No other practice text has a
+name of the shipped test half. The texts are the same on every machine that has the same encoder.
 """
 
 import random
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 from data import Passage, Question
 from episode import SEARCH_R1, Protocol, unique_passages
 from model import Tokenizer
-from qagent import generator_messages
+from qagent import QAGENT, generator_messages
 from retriever import Retriever
 from world.encyclopaedia import (
     FAMILY_NAMES,
@@ -44,6 +46,9 @@ MAX_READ_PASSAGES = 7  # that a generator is shown
 # The first seed of each kind of text: no two kinds share an encyclopaedia.
 DEMONSTRATION_SEED = 9_000
 READING_SEED = 30_000
+MEMORY_SEED = 50_000
+KNOWN = ("town", "school")  # two fifths of the test questions need a fact about one of these
+FACTS_PER_ROW = 12
 
 
 class Encyclopaedia(NamedTuple):
@@ -215,6 +220,47 @@ def practice_demonstrations(
             protocol=protocol,
         )
     return episodes
+
+
+# ---- an agent that knows some kinds of entities by heart
+
+
+def memory_rows(entities: dict[str, Entity], num_rows: int) -> list[dict[str, Any]]:
+    """Facts of the KNOWN kinds in both halves, in the words of the expert's notes.
+
+    The subject is shown and the value is told, so that nothing but values is learnt.
+    """
+    facts = [
+        (entity, relation)
+        for entity in entities.values()
+        if entity.kind in KNOWN
+        for relation in entity.facts
+    ]
+    rng, rows, waiting = random.Random("memory"), [], []
+    while len(rows) < num_rows:
+        if len(waiting) < FACTS_PER_ROW:
+            waiting += rng.sample(facts, len(facts))
+        segments = []
+        for entity, relation in waiting[:FACTS_PER_ROW]:
+            shown = note(relation, entity.kind, entity.name, "").rstrip()
+            told = f" {entity.facts[relation]} </reflection>\n"
+            segments.append({"author": "environment", "text": f"<reflection> {shown}"})
+            segments.append({"author": "agent", "text": told})
+        del waiting[:FACTS_PER_ROW]
+        row_id = f"memory_{len(rows)}"
+        rows.append({"id": row_id, "question": "", "golden_answers": [], "segments": segments})
+    return rows
+
+
+def recalling_demonstrations(
+    entities: dict[str, Entity], retriever: Retriever, num_questions: int
+) -> list[dict[str, Any]]:
+    """Episodes of QAgent's expert who knows the KNOWN kinds, about the shipped training half."""
+    styles, rows = SINGLE_HOP + MULTI_HOP, []
+    for style in styles:
+        rows += make_questions(entities, "train", style, num_questions // len(styles), MEMORY_SEED)
+    return expert_episodes(
+        rows, retriever, entities, seed=MEMORY_SEED, protocol=QAGENT, known=KNOWN)
 
 
 # ---- texts for generators
