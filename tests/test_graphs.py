@@ -106,6 +106,18 @@ def test_graphs_of_weights_that_moved_are_made_anew(mini, captured):
     assert len(captured) == 2 * count
 
 
+def test_a_replay_counts_the_slots_that_it_writes(mini, captured, monkeypatch):
+    """A GPU's replay runs no Python, so the cache must hear of its reach before."""
+    student, _ = policies(mini)
+    steps = model.open_steps(student.decoder, 4, 32, torch.float32)
+    with torch.no_grad():
+        steps.hidden(student.decoder, [1] * 4, [5] * 4, may_capture=True)
+        steps.cache.reach = 0  # as another call begins
+        monkeypatch.setattr(Recorded, "replay", lambda graph: None)
+        steps.hidden(student.decoder, [1] * 4, [5] * 4, may_capture=True)
+    assert steps.cache.reach == 32
+
+
 def test_a_cache_that_is_too_small_or_of_another_length_is_replaced(mini, captured):
     student, _ = policies(mini)
     kept = model.open_steps(student.decoder, 4, 32, torch.float32)
