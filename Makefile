@@ -45,7 +45,7 @@ test: $(STAMP)    ## run the tests (ARGS="-k name" narrows them; JOBS=4: side by
 
 faults: $(STAMP)  ## kill runs at random, feed thousands of hostile texts and files (ten minutes)
 	DGPO_EXAMPLES=$(or $(EXAMPLES),10000) $(PY) -m pytest -m "faults or not faults" \
-	  tests/test_faults.py tests/test_hostile.py tests/test_parallel.py $(ARGS)
+	  tests/test_faults.py tests/test_hostile.py tests/test_parallel.py tests/test_retrieval.py $(ARGS)
 
 mutants: $(STAMP) ## break the project in small ways; a test must notice each (ARGS="--only FILE")
 	$(PY) tests/mutants.py $(ARGS)
