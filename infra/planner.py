@@ -116,7 +116,11 @@ def read_shapes(settings: Any, read_config: Callable, guide_role: str) -> Shapes
              count_lines(episodes) if episodes.is_file() else None)
     if not searches(s):
         return Shapes(student, guide, 0, 0, 0, F32, *asked)
-    encoder, width = encoder_shape(public_of("encoder"), read_config)
+    try:
+        encoder, width = encoder_shape(public_of("encoder"), read_config)
+    except KeyError as error:
+        raise ValueError(f"--encoder {s.encoder}: got a config.json without {error}, expected that "
+                         "of a network; copy its own there to plan") from error
     passages, vector_bytes, index, corpus = NUM_PASSAGES, 2, Path(s.index), Path(s.corpus)
     if s.index and (index / "index.json").is_file():
         about = read_json(index / "index.json")

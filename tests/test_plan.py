@@ -345,6 +345,14 @@ def test_what_cannot_be_planned_is_refused_by_name(mini, given, words):
     assert all(word in str(caught.value) for word in words)
 
 
+def test_an_encoder_folder_that_says_no_size_is_refused_by_name(mini, tmp_path):
+    (tmp_path / "config.json").write_text('{"word_embedding_dimension": 384}')
+    s = settings(student=str(mini / "student"), teacher=str(mini / "teacher"), index="",
+                 encoder=str(tmp_path), corpus=str(mini / "corpus.jsonl"))
+    with pytest.raises(ValueError, match="--encoder .*got a config.json without 'hidden_size'"):
+        planner.read_shapes(s, DecoderConfig, guide_of(s))
+
+
 def test_a_log_of_the_run_replaces_what_is_assumed(tmp_path):
     s = settings(run_dir=str(tmp_path))
     assert "assumed" in planner.expected_episodes(s).source
