@@ -8,7 +8,9 @@
     decode      tokens a second after the first one            transformers, llama.cpp
     rollout     episodes a second, turns of given lengths      transformers in lock step,
                                                                ours re-reading
-    step        gradients of one PPO update, actor and critic  transformers, padded
+    step        gradients of one PPO update, actor and critic, transformers, padded
+                float32 and bf16 with float32 weights
+    search      best of many vectors in half precision         torch, faiss
     encoder     passages a second                              sentence-transformers
     growth      time and memory against size                   ours alone
 
@@ -19,7 +21,8 @@ may be faster than the floor, which reads 16. --quick takes tiny sizes.
 How a race is run. Ours and the peers (requirements-bench.txt) take turns in one process, on the
 same weights, tokens and dtype; a difference is part of the name. The first call is set apart, as it
 compiles. A small result is then held against plain formulas in higher precision. What is off
-becomes a row "wrong" and is not timed; what cannot run becomes a row "not measured".
+becomes a row "wrong" and is not timed; what cannot run becomes a row "not measured". --compile adds
+compiled peers, which takes minutes.
 
 What the numbers are. Times are medians. Memory is the largest rise above what was held before a
 call. A floor is work that nobody can avoid, by the printed formula, at the rates that were measured
@@ -62,6 +65,7 @@ from infra.parallel import micro_batches
 from infra.programs import count
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, load_decoder, load_encoder
+from retriever import TorchIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "trl", "liger-kernel", "cut-cross-entropy", "llama-cpp-python",
@@ -222,7 +226,7 @@ class Bench:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options, self.device = name, options, options.device
         in_16_bit = name in ("decode", "rollout", "growth")
-        in_16_bit |= self.device == "cuda" and name != "encoder"
+        in_16_bit |= self.device == "cuda" and name not in ("encoder", "step")
         self.dtype = torch.bfloat16 if in_16_bit else torch.float32
         gc.collect()
         gc.freeze()  # looking through the libraries before each call would take longer than some
@@ -463,7 +467,8 @@ def bench_divergence(bench: Bench) -> None:
         ("CE + KL(teacher || student)", 1.0, False), ("KL(teacher || student)", 0.0, False),
         ("KL(student || guide)", 0.0, True),
     ):
-        functions = divergences(ce_weight, is_exact=is_exact, compiled=options.compile)
+        compiled = options.compile or bench.device == "cuda"  # a CPU needs a C++ compiler
+        functions = divergences(ce_weight, is_exact=is_exact, compiled=compiled)
         compare_heads(bench, name, functions, heads)
 
 
@@ -554,11 +559,11 @@ def compare_rollouts(bench: Bench, weights: Weights, count: int, names: Iterable
 
 
 def bench_decode(bench: Bench) -> None:
-    options = bench.options
-    third = "transformers, static cache"
+    options, names = bench.options, ["ours", "transformers"]
+    if options.compile:
+        names.append("transformers, static cache")  # which it compiles
     if bench.device == "cpu":  # the name of the file says how the weights are quantised
-        third = f"llama.cpp, {Path(options.gguf).stem}" if options.gguf else "llama.cpp"
-    names = ("ours", "transformers", third)
+        names.append(f"llama.cpp, {Path(options.gguf).stem}" if options.gguf else "llama.cpp")
     for weights in map(load_weights, options.decoders):
         for batch in options.batch:
             compare_decoding(bench, weights, batch, options.context, names)
@@ -596,7 +601,7 @@ def step_inputs(bench: Bench, entries: int) -> tuple[Batch, Tensor]:
     Episodes are ragged, with two turns of 40 % of their tokens. The tensor [4, B, T] holds
     old_logprobs, advantages, old_values and returns.
     """
-    count, low, high = (64, 600, 2500) if bench.device == "cuda" else (16, 100, 600)
+    count, low, high = (32, 600, 2500) if bench.device == "cuda" else (16, 100, 600)
     if bench.options.quick:
         count, low, high = 4, 10, 60
     lengths = sorted(ragged(1, count, math.sqrt(low * high), low, high)[0])
@@ -644,14 +649,14 @@ def our_step(actor: Decoder, critic: Critic, batch: Batch, old: Tensor) -> Tenso
 
 def padded_step(logits: Callable, hidden: Callable, value_weight: Tensor, batch: Batch,
                 old: Tensor) -> Tensor:
-    """The same from rows that are padded to the longest, eight at a time.
+    """The same from rows that are padded to the longest, eight at a time; on a GPU two.
 
     logits, hidden: functions of ids and of which ids are real.
     """
     losses, lengths = torch.zeros(2, device=old.device), batch.lengths()
     places = torch.arange(batch.ids.shape[1], device=old.device)
     real = (places < torch.tensor(lengths, device=old.device)[:, None]).long()
-    for rows in torch.arange(len(real)).split(8):
+    for rows in torch.arange(len(real)).split(2 if old.is_cuda else 8):
         ids, attended = batch.ids[rows], real[rows]
         old_rows, mask = old[:, rows, 1:], batch.response_mask[rows, 1:]
         values = F.linear(hidden(ids, attended)[:, :-1], value_weight).squeeze(-1).float()
@@ -670,23 +675,27 @@ def decoder_and_critic(bench: Bench, weights: Weights, value_weight: Tensor,
     return decoder, critic
 
 
-def load_step(bench: Bench, weights: Weights, value_weight: Tensor, name: str) -> Step:
-    """A step that clears the gradients which it leaves."""
+def load_step(bench: Bench, weights: Weights, value_weight: Tensor, dtype: torch.dtype,
+              name: str) -> Step:
+    """A step that clears the gradients which it leaves. Weights are float32, products dtype."""
     if name == "ours":
-        actor, critic = decoder_and_critic(bench, weights, value_weight, bench.dtype)
+        actor, critic = decoder_and_critic(bench, weights, value_weight, torch.float32)
+        actor.compute_dtype = critic.backbone.compute_dtype = dtype
         step = functools.partial(our_step, actor, critic)
     else:
         library = import_module("transformers")
         actor, critic = (
-            kind.from_pretrained(weights.folder, dtype=bench.dtype).to(bench.device)
+            kind.from_pretrained(weights.folder, dtype=torch.float32).to(bench.device)
             for kind in (library.AutoModelForCausalLM, library.AutoModel))
         step = functools.partial(
             padded_step, lambda ids, real: actor(ids, attention_mask=real).logits,
             lambda ids, real: critic(ids, attention_mask=real).last_hidden_state,
-            nn.Parameter(value_weight.to(bench.dtype)))
+            nn.Parameter(value_weight.float()))
 
     def run(batch: Batch, old: Tensor) -> Tensor:
-        losses = step(batch, old)
+        is_mixed = name != "ours" and dtype != torch.float32
+        with torch.autocast(bench.device, dtype, enabled=is_mixed):
+            losses = step(batch, old)
         actor.zero_grad()
         critic.zero_grad()
         return losses
@@ -701,9 +710,12 @@ def bench_step(bench: Bench) -> None:
     batch, old = step_inputs(bench, entries)
     few = (Batch(batch.ids[:2], batch.response_mask[:2]), old[:, :2])
     value_weight = torch.linspace(-0.05, 0.05, width, device=bench.device)[None]
+    num_tokens, num_responses = sum(batch.lengths()), int(batch.response_mask.sum())
+    body_flop = 2 * (weights.num_weights - weights.head_weights) * num_tokens
+    flop = 6 * (body_flop + weights.head_weights * num_responses)
 
-    def make(name: str) -> Implementation:
-        step = load_step(bench, weights, value_weight, name)
+    def make(dtype: torch.dtype, name: str) -> Implementation:
+        step = load_step(bench, weights, value_weight, dtype, name)
 
         def error() -> float:
             actor, critic = decoder_and_critic(bench, weights, value_weight, torch.float64)
@@ -712,15 +724,65 @@ def bench_step(bench: Bench) -> None:
                                 critic.value_head.weight, *few)
             return relative_error([step(*few)], [plain])
 
-        return Implementation(lambda: step(batch, old), error, TOLERANCE[bench.dtype])
+        return Implementation(lambda: step(batch, old), error, TOLERANCE[dtype])
 
-    num_tokens, num_responses = sum(batch.lengths()), int(batch.response_mask.sum())
-    body_flop = 2 * (weights.num_weights - weights.head_weights) * num_tokens
-    flop = 6 * (body_flop + weights.head_weights * num_responses)
-    sizes = f"{len(batch.ids)} episodes, {num_tokens} tokens, {num_responses} of them the agent's"
-    floor = "6 P FLOP for each token in actor and critic, the head for the agent's alone"
-    case = Case(f"{weights.name}, {sizes}", num_tokens, "tokens", floor, flop / bench.gemm)
-    compare(bench, case, ("ours", "transformers, padded"), make)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = (f"{weights.name}, {str(dtype).split('.')[1]}, {len(batch.ids)} episodes, "
+                f"{num_tokens} tokens, {num_responses} of them the agent's")
+        _, gemm = rates(bench.device, dtype, bench.options.quick)
+        floor = "6 P FLOP for each token in actor and critic, the head for the agent's alone"
+        case = Case(name, num_tokens, "tokens", floor, flop / gemm, {"gemm": gemm})
+        compare(bench, case, ("ours", "transformers, padded"), functools.partial(make, dtype))
+        gc.collect()
+
+
+# ---- search ----
+
+
+def bench_search(bench: Bench) -> None:
+    """The best three of random vectors for 1 and 64 queries."""
+    options, device = bench.options, torch.device(bench.device)
+    rows, width = options.index_rows, 64 if options.quick else 768
+    vectors = torch.empty(rows, width, dtype=torch.float16, device=device)
+    for part in vectors.split(2**20):
+        part.normal_(std=width**-0.5)
+
+    @functools.cache
+    def search(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Of queries and vectors: the scores of the best."""
+        if name == "ours":
+            return lambda q, x: torch.from_numpy(TorchIndex(x).search(q, 3)[0])
+        if name == "torch":
+            return lambda q, x: (q.to(x.dtype) @ x.T).topk(3).values.cpu()
+        faiss = import_module("faiss")
+        kept: dict[int, Any] = {}
+
+        def by_faiss(q: Tensor, x: Tensor) -> Tensor:
+            if len(x) not in kept:
+                kept[len(x)] = faiss.IndexScalarQuantizer(
+                    width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+                for part in x.split(2**18):
+                    kept[len(x)].add(part.float().cpu().numpy())
+            return torch.from_numpy(kept[len(x)].search(q.cpu().numpy(), 3)[0])
+
+        faiss.omp_set_num_threads(options.threads)
+        return by_faiss
+
+    for num_queries in (1, 64):
+        generator = torch.Generator().manual_seed(0)
+        queries = torch.randn(num_queries, width, generator=generator).to(device)
+
+        def make(name: str, queries: Tensor = queries) -> Implementation:
+            few = vectors[:1000]
+            exact = (queries.double() @ few.double().T).topk(3).values.cpu()
+            return Implementation(lambda: search(name)(queries, vectors),
+                                  lambda: relative_error([search(name)(queries, few)], [exact]),
+                                  TOLERANCE[torch.bfloat16])
+
+        floor_s = max(vectors.nbytes / bench.read, 2 * num_queries * vectors.numel() / bench.gemm)
+        case = Case(f"{num_queries} queries, {rows} vectors of width {width}", num_queries,
+                    "queries", "the vectors are read once, or 2 B N D FLOP", floor_s)
+        compare(bench, case, ("ours", "torch", "faiss"), make)
 
 
 # ---- encoder ----
@@ -763,8 +825,8 @@ def bench_encoder(bench: Bench) -> None:
 # ---- the program ----
 
 BENCHES = {"head": bench_head, "divergence": bench_divergence, "decode": bench_decode,
-           "rollout": bench_rollout, "step": bench_step, "encoder": bench_encoder,
-           "growth": bench_growth}
+           "rollout": bench_rollout, "step": bench_step, "search": bench_search,
+           "encoder": bench_encoder, "growth": bench_growth}
 
 
 class Size(NamedTuple):
@@ -785,6 +847,7 @@ SIZES = {
     "episodes": Size(64, 256, 8, "rollout: questions"),
     "rollout_rows": Size(32, 256, 4, "rollout: episodes at once"),
     "observation": Size(150, 400, 6, "rollout: tokens between two turns"),
+    "index_rows": Size(1_000_000, 21_015_324, 2000, "search: vectors"),
 }
 
 
@@ -799,7 +862,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("names", nargs="+", choices=names, metavar="NAME", help=" ".join(names))
     add("--out", default="runs/bench/results.json", help="file of the rows (default %(default)s)")
     add("--quick", action="store_true", help="tiny sizes: does it run?")
-    add("--compile", action="store_true", help="compile peers on a CPU, too (needs a C++ compiler)")
+    add("--compile", action="store_true", help="race compiled peers, too (needs a C++ compiler)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=count, default=torch.get_num_threads())
     add("--encoder-dir", default=str(ROOT / "world" / "encoder"), metavar="DIR",
@@ -825,7 +888,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options.decoders = [options.checkpoint]
     options.widths = [64, 96] if options.quick else [896, 2048]
     options.argv = argv
-    options.compile = options.compile or options.device == "cuda"
     return options
 
 
