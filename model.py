@@ -169,7 +169,7 @@ class Step(NamedTuple):
         mask = None if self.mask is None else self.mask.to(q.dtype)
         # Queries that share a key head stand where tokens would, so that keys are never repeated.
         grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # [B, KV, H / KV, Dh]
-        return attention(grouped, keys, values, mask).view_as(q)
+        return attention(grouped, keys, values, mask).reshape(q.shape)  # on a GPU it has strides
 
 
 Slots = Prefill | Step | None  # where a call writes keys and values; None: nowhere
@@ -192,7 +192,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
     documents: tokens of each in q, the last ones of its lengths[i] tokens in k and v.
     """
     varlen = None
-    if q.is_cuda and q.dtype != torch.float32:  # which flash attention does not take
+    if q.is_cuda and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0:  # what flash attention takes
         from infra.cuda import find_varlen, offsets  # here, because a CPU has none of it
         varlen = find_varlen()
     if varlen:

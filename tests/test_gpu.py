@@ -18,8 +18,7 @@ from model import load_decoder
 from retriever import Retriever, TorchIndex
 from rollout import Policy, RolloutSettings, generate
 from tests.support.mini import read_rows
-from tests.support.runs import run
-from tests.test_parallel import assert_same_metrics, finish, torchrun
+from tests.support.runs import assert_same_metrics, finish, run, torchrun
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu

@@ -30,44 +30,18 @@ from infra.parallel import (
 )
 from model import Critic
 from tests.support.mini import read_rows
-from tests.support.runs import METRIC_TOLERANCE, policies, run
+from tests.support.runs import (
+    assert_same_metrics,
+    finish,
+    policies,
+    run,
+    torchrun,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GRADIENT_TOLERANCE = 1e-5  # of the largest entry; fp32 sums in another order
 BF16_TOLERANCE = 0.02  # of the norm: each process rounds its share of a gradient
-# Of one process alone, or counts of what crosses a line.
-JUMPY = {"loss/first_log_ratio", "loss/value_clip", "loss/clip_frac"}
 MAX_END_S = 90  # until torchrun has ended a job with a dead or stuck process
-
-
-def torchrun(num_processes: int, *command: object, **options) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(num_processes)]
-    return subprocess.Popen(
-        [*launcher, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
-
-
-def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
-    output, _ = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def assert_same_metrics(some: list[dict], others: list[dict]) -> None:
-    """To rounding: sums over processes are taken in another order."""
-    for a, b in zip(some, others, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - JUMPY:
-            expected = a[key]
-            if expected is not None:
-                expected = pytest.approx(expected, rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE)
-            assert b[key] == expected, key
 
 
 # ---- one stored batch ----

@@ -1,5 +1,8 @@
 """Runs of train.py in this process, on the world of tests/support/mini.py, and spies on them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from model import Tokenizer, load_decoder
 from rollout import Policy
 from tests.support.mini import read_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 METRIC_TOLERANCE = 1e-4  # the same run after a few Adam steps, which amplify small gradients
+# Of one process alone, or counts of what crosses a line.
+JUMPY = {"loss/first_log_ratio", "loss/value_clip", "loss/clip_frac"}
 
 
 def run(mini: Path, out: Path, *flags: str) -> list[dict]:
@@ -70,3 +76,33 @@ def policies(mini: Path) -> tuple[Policy, Policy]:
         for name in ("student", "teacher")
     )
     return student, teacher
+
+
+def torchrun(num_processes: int, *command: object, **options) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(num_processes)]
+    return subprocess.Popen(
+        [*launcher, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 300) -> str:
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def assert_same_metrics(some: list[dict], others: list[dict]) -> None:
+    """To rounding: sums over processes are taken in another order."""
+    for a, b in zip(some, others, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - JUMPY:
+            expected = a[key]
+            if expected is not None:
+                expected = pytest.approx(expected, rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE)
+            assert b[key] == expected, key
