@@ -545,9 +545,7 @@ def compare_rollouts(bench: Bench, weights: Weights, count: int, names: Iterable
                      **more: Any) -> None:
     """Episodes a second: three turns that an observation answers, and a last one."""
     options = bench.options
-    typical = (100, 20, 320) if options.device == "cuda" else (30, 8, 96)
-    if options.quick:
-        typical = (4, 1, 8)
+    typical = (4, 1, 8) if options.quick else (30, 8, 96)
     [observation] = random_ids(1, options.observation)
     rows = min(count, options.rollout_rows)
     work = Work(random_ids(count, options.context), ragged(count, 4, *typical), observation, rows)
