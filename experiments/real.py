@@ -1,0 +1,369 @@
+"""The method on real questions and passages, with a published model and a published encoder.
+
+    python -m experiments.real data --data FOLDER --encoder DIR --out DIR
+    python -m experiments.real run --files DIR --student DIR --encoder DIR
+    python -m experiments.real report
+
+`data` merges the passages of FOLDER to one corpus and indexes it. It splits the questions once, by
+a hash of their ids, and writes demonstrations for the teacher from training questions. FOLDER has
+questions/*.jsonl, gold/*.jsonl and passages/*.jsonl. The counts are printed, and split.json keeps
+them. `run` trains and measures every row; it goes on where it was interrupted.
+
+Which questions train
+    NQ, TriviaQA    a part by hash, if the corpus holds an answer that search finds
+    HotpotQA, 2Wiki, MuSiQue with gold paragraphs    those of the split "train"
+    other multi-hop training questions    if an answer stands in one of the FOUND passages that the
+                    encoder ranks first; "yes" and "no", which stand everywhere, are left out
+Which questions test: a part of NQ and TriviaQA by hash, the split "dev" of the others, Bamboogle.
+A question that stands in a test file, by id or by normalised text, never trains or validates.
+"""
+
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import eval as evaluation
+from data import Passage, hit, normalize_answer
+from experiments import rows
+from experiments.jobs import ROOT, Job, run_jobs
+from experiments.reproduce import write_record
+from experiments.rows import Record, Row, config_flags, write_json
+from formats.corpora import split_contents
+from infra.cli import Parser, reporting
+from infra.files import read_rows
+from infra.parallel import pick_device
+from retriever import Retriever
+from world.demonstrate import demonstration
+
+PRESETS = ("real-smollm2",)
+SINGLE = ("nq", "triviaqa")
+MULTI = ("hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+PASSAGES = ("wiki18_sample", "multihop_corpus")  # files; rows of NQ and TriviaQA name lines of one
+PARTS = ("test", "validation", "train")  # a question of two files stays in the first of these
+TEST_SHARE, VALIDATION_SHARE = 0.45, 0.1  # of NQ and TriviaQA; the second also of what would train
+FOUND, SHOWN, MAX_HOPS = 10, 3, 3  # passages looked at, shown by a search; searches shown at most
+ROWS = {
+    "teacher": Row("Teacher (sft)", "sft"),
+    "seqkd": Row("SeqKD", "sft"),
+    "kd": Row("KD", "kd"),
+    "ppo": Row("PPO from KD", "ppo", begins="kd"),
+    "dgpo": Row("DGPO, exact", "dgpo", begins="kd"),
+}
+COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("dgpo", "kd"),
+            ("ppo", "kd"), ("dgpo", "ppo"), ("dgpo", "teacher"))
+SETS = {"single-hop": SINGLE, "multi-hop": MULTI}
+
+
+# ---- questions ----
+
+
+def read_questions(folder: Path) -> list[Record]:
+    """Rows of every question file, with "dataset" and "split": where a row may go ("" by hash)."""
+    questions = []
+    for name in SINGLE:
+        questions += read_file(folder / "questions" / f"{name}.jsonl", name, "")
+    for name in MULTI[:3]:
+        questions += read_file(folder / "gold" / f"{name}.jsonl", name, "dev")
+    questions += read_file(folder / "questions" / "bamboogle.jsonl", "bamboogle", "dev")
+    return questions + read_file(
+        folder / "questions" / "train_hotpotqa_2wiki.jsonl", "hotpotqa_2wiki", "train")
+
+
+def read_file(path: Path, dataset: str, split: str) -> list[Record]:
+    rows_of_file = [row for _, row in read_rows(path, "question")]
+    return [{"dataset": dataset, "split": split} | row for row in rows_of_file]
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that follows from a text alone."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def part_of(row: Record) -> str:
+    """test, validation or train, by the row's split and by a hash of its id."""
+    number = share(str(row["id"]))
+    if row["split"] == "dev" or (not row["split"] and number < TEST_SHARE):
+        return "test"
+    begin = 0.0 if row["split"] else TEST_SHARE
+    return "validation" if number < begin + VALIDATION_SHARE else "train"
+
+
+def split_questions(questions: Sequence[Record]) -> dict[str, list[Record]]:
+    """The rows of each part; of those with one id or one text the first stays, test before all."""
+    parts: dict[str, list[Record]] = {part: [] for part in PARTS}
+    for row in questions:
+        parts[part_of(row)].append(row)
+    ids, texts = set[str](), set[str]()
+    for part in PARTS:
+        kept = []
+        for row in parts[part]:
+            text = normalize_answer(row["question"])
+            if row["id"] not in ids and text not in texts:
+                kept.append(row)
+            ids.add(row["id"])
+            texts.add(text)
+        parts[part] = kept
+    return parts
+
+
+# ---- passages ----
+
+
+def write_corpus(folder: Path, path: Path) -> tuple[list[str], dict[str, int]]:
+    """Write every passage once; returns the passages of wiki18_sample by line, and counts."""
+    contents, counts = dict[str, None](), {}
+    texts = {name: [row["contents"] for _, row in read_rows(
+        folder / "passages" / f"{name}.jsonl", "passage")] for name in PASSAGES}
+    for name in PASSAGES:
+        contents |= dict.fromkeys(texts[name])
+        counts[name] = len(texts[name])
+    write_lines(path, ({"id": str(i), "contents": text} for i, text in enumerate(contents)))
+    return texts[PASSAGES[0]], counts | {"corpus": len(contents)}
+
+
+def write_lines(path: Path, records: Any) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def found_at(passages: Sequence[Passage], row: Record) -> int | None:
+    """The rank of the first passage with a gold answer as whole words; None: there is none."""
+    ranks = (rank for rank, passage in enumerate(passages) if hit([passage], row["golden_answers"]))
+    return next(ranks, None)
+
+
+def own_passages(row: Record, by_line: Sequence[str]) -> list[Passage]:
+    """Passages that the row itself names as having an answer."""
+    lines = row.get("metadata", {}).get("answer_passage_ids", [])
+    return [Passage("", *split_contents(by_line[line]), 0.0) for line in lines]
+
+
+# ---- demonstrations ----
+
+
+def gold_paragraphs(row: Record, found: Sequence[Passage],
+                    own: Sequence[Passage]) -> list[Passage]:
+    """The passages that lead to the answer, in the order of the searches; empty: not known.
+
+    A row's supporting paragraphs, those that the question finds before the others. Without such:
+    the first passage that holds an answer, after the best one where the question alone does not
+    find it among those shown. NQ and TriviaQA take one search.
+    """
+    if context := row.get("context"):
+        names = [passage.name for passage in found]
+        gold = [Passage("", p["title"], p["text"], 0.0) for p in context if p["is_supporting"]]
+        return sorted(gold, key=lambda p: names.index(p.title) if p.title in names else FOUND)
+    rank = found_at(found, row)
+    if rank is None:
+        return [*own[:1]]
+    if rank < SHOWN or row["dataset"] in SINGLE:
+        return [found[rank]]
+    return [found[0], found[rank]]
+
+
+def demonstrate(row: Record, gold: Sequence[Passage], searches: Sequence[Sequence[Passage]]
+                ) -> dict[str, Any] | None:
+    """A demonstration whose blocks hold what search found, and one gold passage each.
+
+    searches: what the question found, then what each later gold passage's title found.
+    """
+    if not 1 <= len(gold) <= MAX_HOPS or not hit(gold, row["golden_answers"]):
+        return None
+    answers = [answer for answer in row["golden_answers"] if hit(gold, [answer])]
+    texts, others = {passage.text for passage in gold}, []
+    for found in searches[: len(gold)]:
+        others += [p for p in found if p.text not in texts][: SHOWN - 1]
+    context = [{"title": p.name, "text": p.text, "is_supporting": p in gold}
+               for p in (*gold, *others)]
+    return demonstration({**row, "golden_answers": answers, "context": context}, SHOWN)
+
+
+def write_training(retriever: Retriever, train: list[Record], by_line: Sequence[str],
+                   out: Path) -> dict[str, int]:
+    """Keep the training questions that can be learnt from; write them and demonstrations."""
+    found = retriever.search([row["question"] for row in train], FOUND)
+    kept, golds = [], []
+    for row, passages in zip(train, found, strict=True):
+        if row["dataset"] == "hotpotqa_2wiki" and row["golden_answers"][0].lower() in ("yes", "no"):
+            continue
+        if gold := gold_paragraphs(row, passages, own_passages(row, by_line)):
+            kept.append((row, passages))
+            golds.append(gold)
+    titles = [passage.name for gold in golds for passage in gold[1:]]
+    by_title = dict(zip(titles, retriever.search(titles, FOUND), strict=True))
+    shown = (demonstrate(row, gold, [passages, *(by_title[p.name] for p in gold[1:])])
+             for (row, passages), gold in zip(kept, golds, strict=True))
+    demonstrations = [episode for episode in shown if episode is not None]
+    write_lines(out / "train.jsonl", (public(row) for row, _ in kept))
+    write_lines(out / "gold.jsonl", demonstrations)
+    return {"demonstrations": len(demonstrations)} | {
+        f"train {name}": count
+        for name, count in Counter(row["dataset"] for row, _ in kept).items()}
+
+
+def public(row: Record) -> Record:
+    """A question as the programs read it: its paragraphs are the supporting ones alone."""
+    kept = {key: row[key] for key in ("id", "dataset", "question", "golden_answers")}
+    if paragraphs := [p for p in row.get("context", []) if p["is_supporting"]]:
+        kept["context"] = paragraphs
+    return kept
+
+
+def prepare(data: Path, encoder: str, out: Path) -> None:
+    """Write corpus, index, question files and demonstrations."""
+    from retrieval.build import build  # here, because the other commands embed nothing
+    out.mkdir(parents=True, exist_ok=True)
+    corpus, index = out / "corpus.jsonl", out / "index"
+    by_line, counts = write_corpus(data, corpus)
+    build(corpus, encoder, index, device=pick_device("auto"))
+    parts = split_questions(read_questions(data))
+    retriever = Retriever.load(corpus, encoder, index=index, device=pick_device("auto"))
+    for part in PARTS[:2]:
+        write_lines(out / f"{part}.jsonl", map(public, parts[part]))
+        counts |= {f"{part} {name}": count
+                   for name, count in Counter(row["dataset"] for row in parts[part]).items()}
+        found = retriever.search([row["question"] for row in parts[part]], SHOWN)
+        hits = Counter(row["dataset"] for row, passages in zip(parts[part], found, strict=True)
+                       if hit(passages, row["golden_answers"]))
+        counts |= {f"{part} {name}, question finds an answer": hits[name] for name in hits}
+    counts["train, before the rule"] = len(parts["train"])
+    counts |= write_training(retriever, parts["train"], by_line, out)
+    write_json(out / "split.json", {"rule": __doc__.split("Which questions train\n")[1], **counts})
+    print("\n".join(f"{count:7,}  {name}" for name, count in counts.items()))
+
+
+# ---- rows ----
+
+
+def file_flags(files: Path, encoder: str) -> list[str]:
+    """What is searched, as flags of train.py and eval.py."""
+    return ["--corpus", str(files / "corpus.jsonl"), "--index", str(files / "index"),
+            "--encoder", encoder]
+
+
+def train_row(name: str, files: Path, encoder: str, student: Path, runs: Path,
+              seed: int = 0) -> list[str]:
+    """Arguments of Python that train a row, or resume its training."""
+    row = ROWS[name]
+    start = runs / f"{row.begins}-{seed}" if row.begins else student
+    command = rows.train_command(
+        row, PRESETS, student=start, run_dir=runs / f"{name}-{seed}", seed=seed)
+    if row.phase != "sft":
+        command += ["--questions", str(files / "train.jsonl"), *file_flags(files, encoder)]
+    if row.phase in ("kd", "dgpo"):
+        command += ["--teacher", str(runs / f"teacher-{seed}")]
+    episodes = {"teacher": files / "gold.jsonl", "seqkd": runs / f"episodes-{seed}.jsonl",
+                "kd": runs / f"episodes-{seed}.jsonl"}
+    return command + (["--episodes", str(episodes[name])] if name in episodes else [])
+
+
+def measure_row(label: str, model: Path, files: Path, encoder: str, out: Path) -> list[str]:
+    """Arguments of Python that measure a model on the test questions, greedily."""
+    return ["eval.py", *config_flags(PRESETS), "--model", str(model), "--name", label,
+            "--questions", str(files / "test.jsonl"), "--dtype", "bfloat16", "--out", str(out),
+            *file_flags(files, encoder)]
+
+
+def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
+    """Training and measuring of these rows, and of the student as it is."""
+    files, encoder, runs, jobs = options.files, options.encoder, options.runs, list[Job]()
+    needs = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd", "teacher")}
+    for name in ("student", *names):
+        model, record = runs / f"{name}-0", options.records / f"{name}-0.json"
+        label, seed = (ROWS[name].label, 0) if name in ROWS else ("Student", None)
+        if name in ROWS:
+            train = train_row(name, files, encoder, options.student, runs)
+            jobs.append(Job(name, lambda command=train: command, model / "model.safetensors",
+                            needs.get(name, ())))
+        else:
+            model = options.student
+        out = runs / f"eval-{name}-0"
+        measure = measure_row(label, model, files, encoder, out)
+
+        def keep(values: tuple = (name, seed, model, out, record)) -> None:
+            write_record(*values)
+
+        jobs.append(Job(f"eval {name}", lambda command=measure: command, record,
+                        (name,) if name in ROWS else (), after=keep))
+    return jobs
+
+
+# ---- report ----
+
+
+def report(records: Path) -> str:
+    """Exact match of each row, means over the kinds of sets, and paired intervals."""
+    runs_of = rows.recorded_rows(records, "experiments.real run")
+    names = [name for name in ("student", *ROWS) if name in runs_of]
+    runs = [run for name in names for run in runs_of[name]]
+    kinds = [["", *SETS, "answered", "searches", "steps", "train s"]]
+    for run in runs:
+        means = [np.mean([run["sets"][name]["em"] for name in sets if name in run["sets"]])
+                 for sets in SETS.values()]
+        kinds.append([run["name"], *(f"{mean:.3f}" for mean in means),
+                      f"{run['average']['answered']:.3f}", f"{run['average']['searches']:.2f}",
+                      str(run.get("num_steps", "-")), f"{run.get('train_s', 0):.0f}"])
+    return "\n\n".join([
+        "Exact match, greedy, test questions\n\n" + evaluation.table(runs),
+        "Exact match, mean over the sets of a kind\n\n" + evaluation.align(kinds),
+        "\n".join(difference_lines(runs_of))])
+
+
+def difference_lines(runs_of: dict[str, list[Record]]) -> Iterator[str]:
+    yield "Differences of exact match, paired 95 % interval over questions; ! excludes 0\n"
+    for left, right in COMPARED:
+        if left in runs_of and right in runs_of:
+            intervals = evaluation.compare_correct(runs_of[left], runs_of[right])
+            _, low, high = intervals["average"]
+            text = rows.differences_text(intervals)
+            yield f"{left} - {right}: average [{low:+.3f}, {high:+.3f}]  {text}"
+
+
+# ---- the command line ----
+
+
+def parse(argv: Sequence[str]) -> Any:
+    parser = Parser("experiments.real", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="split the questions, merge and index the passages")
+    run = commands.add_parser("run", help="train and measure the rows")
+    show = commands.add_parser("report", help="tables and intervals of the records")
+    data.add_argument("--data", type=Path, required=True, help="folder of questions and passages")
+    data.add_argument("--out", type=Path, required=True, help="new folder")
+    run.add_argument("--files", type=Path, required=True, help="folder that `data` has written")
+    run.add_argument("--student", type=Path, required=True, help="checkpoint")
+    for command in (data, run):
+        command.add_argument("--encoder", required=True, help="checkpoint of the passage encoder")
+    for command in (run, show):
+        command.add_argument("--runs", type=Path, default=ROOT / "runs" / "real",
+                             help="default runs/real")
+        command.add_argument("--records", type=Path, help="default: records, in that of runs")
+    run.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                     help=", ".join(ROWS))
+    options = parser.parse_args(argv)
+    for name in ("data", "out", "files", "student", "runs"):
+        if name in options:  # commands run from the project's folder
+            setattr(options, name, getattr(options, name).resolve())
+    if "runs" in options:
+        options.records = options.records or options.runs / "records"
+    return options
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    if options.command == "data":
+        return prepare(options.data, options.encoder, options.out)
+    if options.command == "run":
+        run_jobs(row_jobs(options.rows, options), options.runs / "logs")
+    print(report(options.records))
+
+
+if __name__ == "__main__":
+    with reporting("experiments.real", RuntimeError):
+        main(sys.argv[1:])
