@@ -304,9 +304,9 @@ def report(records: Path) -> str:
     runs = [run for name in names for run in runs_of[name]]
     kinds = [["", *SETS, "answered", "searches", "steps", "train s"]]
     for run in runs:
-        means = [np.mean([run["sets"][name]["em"] for name in sets if name in run["sets"]])
-                 for sets in SETS.values()]
-        kinds.append([run["name"], *(f"{mean:.3f}" for mean in means),
+        ems = [[run["sets"][name]["em"] for name in sets if name in run["sets"]]
+               for sets in SETS.values()]
+        kinds.append([run["name"], *(f"{np.mean(em):.3f}" if em else "-" for em in ems),
                       f"{run['average']['answered']:.3f}", f"{run['average']['searches']:.2f}",
                       str(run.get("num_steps", "-")), f"{run.get('train_s', 0):.0f}"])
     return "\n\n".join([
