@@ -55,6 +55,7 @@ ROWS = {
     "ppo": Row("PPO from KD", "ppo", begins="kd"),
     "dgpo": Row("DGPO, exact", "dgpo", begins="kd"),
 }
+NEEDS = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd",)}
 COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("dgpo", "kd"),
             ("ppo", "kd"), ("dgpo", "ppo"), ("dgpo", "teacher"))
 SETS = {"single-hop": SINGLE, "multi-hop": MULTI}
@@ -273,14 +274,15 @@ def measure_row(label: str, model: Path, files: Path, encoder: str, out: Path) -
 def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
     """Training and measuring of these rows, and of the student as it is."""
     files, encoder, runs, jobs = options.files, options.encoder, options.runs, list[Job]()
-    needs = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd", "teacher")}
-    for name in ("student", *names):
+    wanted = {need for name in names for need in (name, *NEEDS.get(name, ()))}
+    wanted |= {need for name in wanted for need in NEEDS.get(name, ())}
+    for name in ("student", *(name for name in ROWS if name in wanted)):
         model, record = runs / f"{name}-0", options.records / f"{name}-0.json"
         label, seed = (ROWS[name].label, 0) if name in ROWS else ("Student", None)
         if name in ROWS:
             train = train_row(name, files, encoder, options.student, runs)
             jobs.append(Job(name, lambda command=train: command, model / "model.safetensors",
-                            needs.get(name, ())))
+                            NEEDS.get(name, ())))
         else:
             model = options.student
         out = runs / f"eval-{name}-0"
