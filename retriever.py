@@ -94,7 +94,9 @@ class TorchIndex:
         scores, rows, num_rows = [], [], max(1, TILE_ELEMENTS // self.width)
         if queries.is_cuda:
             num_rows = max(1, min(GPU_ROWS, GPU_SCORES // (2 * len(queries))))
-        room = torch.empty(min(num_rows, self.num_rows), self.width, device=queries.device)
+            room = None
+        else:
+            room = torch.empty(min(num_rows, self.num_rows), self.width)
         for start in range(0, self.num_rows, num_rows):
             tile = slice(start, start + num_rows)
             products = inner_products(queries, self.vectors[tile], room)  # [B, C]

@@ -34,6 +34,11 @@ QUERY_TOKENS, PASSAGE_TOKENS = 32, 160
 LOGIT_READS = 10  # of each logit, as fp32
 REST = 0.03  # of all other seconds
 OPS_A_LAYER = 100  # small operations that the host issues for a layer, in a decoding step
+# Of a decoding step that is a CUDA graph: seconds of a layer, and of the host for a row. They fit
+# Qwen2.5-0.5B's shape on an H200: 3.4 ms for 64 rows, 7.8 ms for 512 (docs/performance.md).
+GRAPH_LAYER_S, ROW_S = 1.1e-4, 1e-5
+SCORE_PASSES = 12  # of each score of a search, fp32, on a GPU: fits 64 queries on an H200
+SCORES_BYTES = 5 * 2**28  # of a chunk's scores on a GPU, measured there
 
 
 class Machine(NamedTuple):
@@ -48,8 +53,8 @@ class Machine(NamedTuple):
     kind: str  # cpu or cuda
 
 
-# Sustained, not peak: dense GEMMs of models of 0.5 to 3 B parameters, and plain copies. 40 us an
-# operation that Python issues. Nothing of this has been measured by this project.
+# Sustained, not peak: dense GEMMs of models of 0.5 to 3 B parameters. 4 us an operation that Python
+# issues. Copies of an H200 were measured (4.26 TB/s); the rest is assumed.
 CARDS = {
     "80GB": Machine("H100", 1, 80e9, 1 * GIB, {"float32": 50e12, "bfloat16": 350e12}, 2.7e12,
                     300e9, 4e-4, "cuda"),
@@ -206,8 +211,8 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
     if searches(s):
         kept["encoder"] = F32 * shapes.encoder
         kept["index"] = shapes.passages * shapes.width * shapes.vector_bytes
-        if kind == "cuda":
-            kept["index"] += 2 * 2**26 * F32  # a chunk as fp32, and its scores
+        if kind == "cuda" and shapes.passages:
+            kept["index"] += SCORES_BYTES
     tokens, passes = tokens_a_pass(s, machine, episodes)
     update = {**kept, "gradients": F32 * trained * (passes > 1 or is_split)}
     if has_critic:
@@ -311,16 +316,23 @@ def rollout_seconds(settings: Any, c: Any, shapes: Shapes, machine: Machine, epi
     # A step reads all weights, and the keys and values of all rows as far as the longest one's.
     traffic = size * (linear_parameters(c) + head) + cache_bytes(c, rows, episodes.tokens, size)
     device = max(traffic / machine.bandwidth, rows * (pass_flops(c, 0) + 2 * head) / rate)
-    step = max(device, host) if machine.kind == "cuda" else device + host
+    step = device + host
+    if machine.kind == "cuda":
+        step = max(device, c.num_layers * GRAPH_LAYER_S) + rows * ROW_S
     parts = {"prefill": prefill, "decode": episode_steps(settings, episodes, num) * step}
     if episodes.searches and searches(settings):
-        scans = num * episodes.searches / max(1, rows / 8)
-        copies = 1 if shapes.vector_bytes == F32 else 1 + 2 * F32 / shapes.vector_bytes
-        vectors = shapes.passages * shapes.width
-        encode = num * episodes.searches * QUERY_TOKENS * 2 * shapes.encoder
-        multiply = 2 * vectors * num * episodes.searches
-        parts["search"] = (scans * vectors * shapes.vector_bytes * copies / machine.bandwidth
-                           + (encode + multiply) / machine.flops["float32"])
+        asked = num * episodes.searches
+        scans = asked / max(1, rows / 8)
+        numbers = shapes.passages * shapes.width
+        traffic = scans * numbers * shapes.vector_bytes
+        if machine.kind == "cuda":  # two products in half precision, whose scores are fp32
+            multiply = 4 * numbers * asked / machine.flops["bfloat16"]
+            traffic += SCORE_PASSES * F32 * shapes.passages * asked
+        else:
+            multiply = 2 * numbers * asked / machine.flops["float32"]
+            traffic += scans * numbers * 2 * F32 * (shapes.vector_bytes < F32)  # copies as fp32
+        encode = asked * QUERY_TOKENS * 2 * shapes.encoder / machine.flops["float32"]
+        parts["search"] = traffic / machine.bandwidth + multiply + encode
     return parts
 
 

@@ -255,16 +255,45 @@ def test_seconds_of_reading_by_hand():
     assert plan.reading_seconds(c, slow, EPISODES, 7, "float32") == pytest.approx(traffic / 1e10)
 
 
-def test_a_decoding_step_reads_weights_keys_and_values_or_waits_for_the_host():
+def test_a_decoding_step_reads_weights_keys_and_values_and_waits_for_the_host():
     s, c = settings(rollout_rows=4), shapes().student
-    gpu = TEN._replace(kind="cuda", flops=dict.fromkeys(plan.SIZES, math.inf), layer_s=0.0)
+    free = dict.fromkeys(plan.SIZES, math.inf)
     size = 4 * (plan.linear_parameters(c) + 151936 * 896) + plan.cache_bytes(c, 4, 460, 4)
     steps = 60 * (8 / 4 + 1)
-    got = plan.rollout_seconds(s, c, shapes(), gpu, EPISODES, 8, "float32")["decode"]
-    assert got == pytest.approx(steps * size / 1e10)
-    host = gpu._replace(layer_s=1.0)
-    got = plan.rollout_seconds(s, c, shapes(), host, EPISODES, 8, "float32")["decode"]
-    assert got == pytest.approx(steps * 24)
+
+    def decode(machine):
+        return plan.rollout_seconds(s, c, shapes(), machine, EPISODES, 8, "float32")["decode"]
+
+    cpu = TEN._replace(flops=free, layer_s=1.0)
+    assert decode(cpu) == pytest.approx(steps * (24 + size / 1e10))
+    rows = 4 * plan.ROW_S
+    gpu = cpu._replace(kind="cuda")  # a graph: its layers take their own time, or the memory does
+    assert decode(gpu) == pytest.approx(steps * (size / 1e10 + rows))
+    fast = gpu._replace(bandwidth=1e15)
+    assert decode(fast) == pytest.approx(steps * (24 * plan.GRAPH_LAYER_S + rows))
+
+
+def test_the_measured_steps_of_an_h200_are_what_the_constants_give():
+    c, h200 = shapes().student, plan.CARDS["141GB"]
+    for rows, measured_s in ((64, 3.4e-3), (512, 7.8e-3)):
+        s = settings(rollout_rows=rows)
+        short = EPISODES._replace(prompt=256, searches=0, written=49)
+        seconds_of_all = plan.rollout_seconds(s, c, shapes(), h200, short, rows, "bfloat16")
+        steps = plan.episode_steps(s, short, rows)
+        assert seconds_of_all["decode"] / steps == pytest.approx(measured_s, rel=0.1)
+
+
+def test_a_search_on_a_gpu_reads_vectors_once_and_scores_several_times():
+    s, wiki = settings(rollout_rows=512), shapes(passages=21_015_324, width=768, vector_bytes=2)
+    h200, asks = plan.CARDS["141GB"], EPISODES._replace(searches=1)
+    got = plan.rollout_seconds(s, wiki.student, wiki, h200, asks, 64, "bfloat16")["search"]
+    scans = 64 / (64 / 8)
+    vectors = 21_015_324 * 768
+    expected = (scans * vectors * 2 + plan.SCORE_PASSES * 4 * 21_015_324 * 64) / 4.3e12
+    expected += 4 * vectors * 64 / 350e12
+    assert got == pytest.approx(expected, rel=0.01)
+    one_scan = expected - (scans - 1) * vectors * 2 / 4.3e12
+    assert one_scan == pytest.approx(35.4e-3, rel=0.1)  # measured: 64 queries at once
 
 
 def test_the_guide_reads_wrong_episodes_alone_unless_told():
@@ -370,6 +399,14 @@ def test_an_index_a_corpus_or_the_paper_s_is_counted(mini, tmp_path):
     (tmp_path / "index.json").write_text('{"rows": 7, "dim": 5, "dtype": "float16"}')
     indexed = planner.read_shapes(replace(s, index=str(tmp_path)), DecoderConfig, guide_of(s))
     assert (indexed.passages, indexed.width, indexed.vector_bytes) == (7, 5, 2)
+    (tmp_path / "index.json").write_text('{"rows": 7, "dim": 5, "dtype": "int8"}')
+    small = planner.read_shapes(replace(s, index=str(tmp_path)), DecoderConfig, guide_of(s))
+    assert small.vector_bytes == 1
+    served = replace(s, index="http://127.0.0.1:8000")
+    away = planner.read_shapes(served, DecoderConfig, guide_of(s))
+    assert (away.passages, away.encoder) == (0, 0)
+    parts = plan.stages(served, away, TEN._replace(kind="cuda"), EPISODES)
+    assert not any(stage["index"] or stage["encoder"] for stage in parts.values())
     paper = planner.read_shapes(replace(s, corpus=""), DecoderConfig, guide_of(s))
     assert (paper.passages, paper.vector_bytes) == (21_015_324, 2)
 
