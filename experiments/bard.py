@@ -9,7 +9,7 @@ Rows, each over three seeds
     rl          bard-rl alone, from the agnostic student
     bard        bard-sft, then bard-rl with the product of correctness and fidelity
     additive    the same with their sum
-    guided      BARD, and on answers that are worth nothing the exact KL to sft-teacher
+    guided      BARD, and on all answers the exact KL to sft-teacher
     sft-teacher bard-sft of the teacher, which guides: a teacher that has been told budgets
 Each row distils on about as many tokens: a chain in up to sixteen versions, or the chain ten times.
 The rows that are reinforced take the same number of steps. An interrupted run goes on when it is
@@ -77,7 +77,7 @@ ROWS = {
         "bard-rl",
         begins="sft",
         teacher="sft-teacher",
-        flags=("--kl-where", "wrong", "--kl-in", "exact"),
+        flags=("--kl-where", "all", "--kl-in", "exact"),
     ),
 }
 STARTS = {"sft-teacher": TRAILS / "teacher"}  # the rows that do not begin from the student

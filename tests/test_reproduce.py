@@ -615,7 +615,7 @@ def test_every_row_of_bard_is_a_command_that_its_settings_accept(tmp_path):
     assert commands["sft-teacher 1"].student.endswith("trails/teacher")
     guided = commands["guided 1"]
     assert guided.student.endswith("sft-1") and guided.teacher.endswith("sft-teacher-1")
-    assert (guided.kl_where, guided.kl_in) == ("wrong", "exact")
+    assert (guided.kl_where, guided.kl_in) == ("all", "exact")
     assert {job.name: job for job in jobs}["guided 1"].needs == ("data 1", "sft 1", "sft-teacher 1")
     steps = {commands[f"{name} 1"].steps for name in ("rl", "bard", "additive", "guided")}
     assert len(steps) == 1  # rows that are reinforced take as many steps
