@@ -243,6 +243,36 @@ def test_rollout_and_step_run_from_the_command_line_and_agree_with_transformers(
     assert statuses(options, "step") == dict.fromkeys(("ours", "transformers, padded"), "measured")
 
 
+def test_our_step_is_raced_in_float32_and_in_bf16_with_float32_weights(options, monkeypatch):
+    seen, real = set(), bench.our_step
+
+    def step(actor, critic, batch, old):
+        dtypes = actor.compute_dtype, critic.backbone.compute_dtype, actor.head_weight.dtype
+        seen.add(dtypes)
+        return real(actor, critic, batch, old)
+
+    monkeypatch.setattr(bench, "our_step", step)
+    monkeypatch.setattr(bench, "import_module", None)  # the peer is a row "not measured"
+    bench.main(["step", "--quick", "--repeats", "1", "--threads", "1", "--out", options.out,
+                "--shapes", "tiny-llama"])
+    assert seen == {(dtype, dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16)}
+    rows = [row for row in saved(options)["step"]["rows"] if row["implementation"] == "ours"]
+    assert [row["case"].split(", ")[1] for row in rows] == ["float32", "bfloat16"]
+    assert all(row["status"] == "measured" for row in rows)
+
+
+def test_searches_are_checked_against_float64_before_they_are_timed(options, monkeypatch):
+    flags = ["search", "--quick", "--repeats", "1", "--threads", "1", "--out", options.out]
+    bench.main(flags)
+    found = statuses(options, "search")
+    assert (found["ours"], found["torch"]) == ("measured", "measured")
+    real = bench.TorchIndex.search
+    monkeypatch.setattr(bench.TorchIndex, "search", lambda index, queries, k: real(
+        index, queries.roll(1, 0) * 2, k))
+    bench.main(flags)
+    assert statuses(options, "search")["ours"].startswith("wrong")
+
+
 def test_a_checkpoint_takes_the_place_of_random_weights(options, tmp_path):
     folder = engines.random_decoder("tiny-qwen2")
     chosen = bench.parse(["decode", "--quick", "--checkpoint", str(folder)])
