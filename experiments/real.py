@@ -304,13 +304,14 @@ def report(records: Path) -> str:
     runs_of = rows.recorded_rows(records, "experiments.real run")
     names = [name for name in ("student", *ROWS) if name in runs_of]
     runs = [run for name in names for run in runs_of[name]]
-    kinds = [["", *SETS, "answered", "searches", "steps", "train s"]]
+    kinds = [["", *SETS, "answered", "searches", "steps", "train s", "GiB"]]
     for run in runs:
         ems = [[run["sets"][name]["em"] for name in sets if name in run["sets"]]
                for sets in SETS.values()]
         kinds.append([run["name"], *(f"{np.mean(em):.3f}" if em else "-" for em in ems),
                       f"{run['average']['answered']:.3f}", f"{run['average']['searches']:.2f}",
-                      str(run.get("num_steps", "-")), f"{run.get('train_s', 0):.0f}"])
+                      str(run.get("num_steps", "-")), f"{run.get('train_s', 0):.0f}",
+                      f"{max(run.get('peak_gib', {'': 0}).values()):.1f}"])
     return "\n\n".join([
         "Exact match, greedy, test questions\n\n" + evaluation.table(runs),
         "Exact match, mean over the sets of a kind\n\n" + evaluation.align(kinds),

@@ -109,6 +109,7 @@ BELOW_DGPO = ("kd", "kd-long", "ppo", "gkd", "distillm", "taid", "sft-ppo", "wit
 ORDERINGS = [("kd", "seqkd"), *(("dgpo", row) for row in BELOW_DGPO)]
 CURVE = ("rollout/score", "eval/score", "loss/entropy", "rollout/kl_student_guide",
          "rollout/searches", "rollout/agent_tokens")
+PEAKS = {"memory": "peak_memory_gib", "gpu": "peak_gpu_gib"}  # of perf.jsonl
 
 
 @dataclass(frozen=True)
@@ -315,10 +316,13 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
         result.update(rows.training_record(model, CURVE))
         settings = read_json(model / "run.json")["settings"]
         reinforces = settings["phase"] in REINFORCE
-        result["collapsed"] = reinforces and result["num_steps"] < settings["steps"]
+        result["collapsed"] = (reinforces and not settings.get("max_minutes")  # its time was up
+                               and result["num_steps"] < settings["steps"])
         steps = read_lines(model / "perf.jsonl")
         parts = [part for part in ("rollout_s", "score_s", "update_s") if part in steps[0]]
         result["step_s"] = {part: sum(step[part] for step in steps) / len(steps) for part in parts}
+        result["peak_gib"] = {key: max(step[name] for step in steps) for key, name in PEAKS.items()
+                              if name in steps[0]}
     write_json(record, result)
 
 

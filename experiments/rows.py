@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from eval import compare_correct
 from experiments.jobs import ROOT
@@ -124,7 +125,8 @@ def recorded_rows(folder: Path, command: str) -> dict[str, list[Record]]:
 
 def row_record(row: str, seed: int | None) -> Record:
     """The keys of every record; seed None: nothing was trained, and all seeds share the record."""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, one thread a process"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    machine = f"{gpu}{os.cpu_count()} cores, {platform.machine()}, one thread a process"
     return {"row": row, "seed": seed, "machine": machine}
 
 

@@ -383,17 +383,21 @@ def test_a_job_of_two_processes_runs_alone(tmp_path):
     assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(("num_steps", "collapsed"), [(3, False), (2, True)])
-def test_a_run_has_collapsed_if_steps_are_missing(tmp_path, num_steps, collapsed):
+@pytest.mark.parametrize(("num_steps", "minutes", "collapsed"), [
+    (3, 0, False), (2, 0, True), (2, 2.5, False)])
+def test_a_run_has_collapsed_if_steps_are_missing(tmp_path, num_steps, minutes, collapsed):
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir(), out.mkdir()
-    (model / "run.json").write_text('{"settings": {"phase": "dgpo", "steps": 3}}')
+    settings = {"phase": "dgpo", "steps": 3, "max_minutes": minutes}
+    (model / "run.json").write_text(json.dumps({"settings": settings}))
     for name in ("metrics", "perf"):
-        write_rows(model / f"{name}.jsonl", [{"step": n, "seconds": 1} for n in range(num_steps)])
+        steps = [{"step": n, "seconds": 1, "peak_gpu_gib": 5 - n} for n in range(num_steps)]
+        write_rows(model / f"{name}.jsonl", steps)
     (out / "result.json").write_text("{}")
     write_rows(out / "result.jsonl", [{"set": "nq", "em": 1.0}])
     reproduce.write_record("dgpo", 0, model, out, tmp_path / "record.json")
-    assert json.loads((tmp_path / "record.json").read_text())["collapsed"] == collapsed
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["collapsed"] == collapsed and record["peak_gib"] == {"gpu": 5}
 
 
 def test_a_generators_answers_are_compared_with_its_own():
