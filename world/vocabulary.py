@@ -84,6 +84,6 @@ def build_encoder_tokenizer(texts: list[str], out: Path) -> None:
 
 def _save(tokenizer: Tokenizer, config: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     text = json.dumps(config, indent=2) + "\n"
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
