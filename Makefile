@@ -19,7 +19,8 @@ JOBS ?= 2
 STAMP := .venv/.installed-faiss$(FAISS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test faults mutants lint demo reproduce reproduce-bard reproduce-qagent world clean
+.PHONY: help setup test faults mutants lint demo reproduce reproduce-bard reproduce-qagent real-folders real \
+  world clean
 
 help:             ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -66,6 +67,16 @@ reproduce-qagent: $(STAMP)  ## run QAgent's stages, Search-R1 and naive RAG for 
 
 reproduce-bard: $(STAMP)  ## run BARD, its parts, another reward and truncation, three seeds
 	$(PY) -m experiments.bard run
+
+# Questions, passages and checkpoints are yours: docs/results/real.md says which. Before the setup:
+real-folders:
+	@$(foreach name,DATA ENCODER STUDENT,$(if $($(name)),,$(error make real: got no $(name), \
+	  expected DATA=FOLDER ENCODER=DIR STUDENT=DIR; docs/results/real.md says what they hold)))
+
+real: real-folders $(STAMP)  ## train and measure SmolLM2 on real questions (DATA= ENCODER= STUDENT=)
+	[ -e runs/real/files/split.json ] || $(PY) -m experiments.real data --data $(DATA) \
+	  --encoder $(ENCODER) --out runs/real/files
+	$(PY) -m experiments.real run --files runs/real/files --student $(STUDENT) --encoder $(ENCODER)
 
 world: $(STAMP)   ## rebuild the shipped world: corpus, questions, encoder, teacher, student
 	$(PY) -m world.build build

@@ -57,7 +57,7 @@ ROWS = {
 }
 NEEDS = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd",)}
 COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("dgpo", "kd"),
-            ("ppo", "kd"), ("dgpo", "ppo"), ("dgpo", "teacher"))
+            ("ppo", "kd"), ("dgpo", "ppo"), ("kd", "teacher"), ("ppo", "teacher"))
 SETS = {"single-hop": SINGLE, "multi-hop": MULTI}
 
 

@@ -1,0 +1,302 @@
+"""The experiment on real questions: split, corpus, demonstrations, commands, report.
+
+Made-up questions stand for real ones; the last tests need DGPO_TEST_DATA and DGPO_TEST_ASSETS.
+
+Run: python -m pytest tests/test_real.py
+"""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from data import Passage, hit, normalize_answer
+from experiments import real
+from experiments.jobs import ROOT
+from infra.files import read_rows
+from tests.support.mini import write_rows
+
+RECORDS, PAGE = ROOT / "docs" / "results" / "real", ROOT / "docs" / "results" / "real.md"
+GOLD = ("hotpotqa", "2wikimultihopqa", "musique")
+
+
+def question(number: int | str, **keys: object) -> dict:
+    return {"id": f"q{number}", "question": f"Which number has fact {number}?", "dataset": "nq",
+            "golden_answers": [f"number {number}"], "split": "", **keys}
+
+
+def passage(title: str, text: str) -> Passage:
+    return Passage("", title, text, 0.0)
+
+
+# ---- split ----
+
+
+def test_a_part_follows_from_split_and_id_alone():
+    rows = [question(n) for n in range(2000)]
+    parts = {row["id"]: real.part_of(row) for row in rows}
+    assert parts == {row["id"]: real.part_of({"id": row["id"], "split": ""})
+                     for row in reversed(rows)}
+    shares = {part: [*parts.values()].count(part) / len(rows) for part in real.PARTS}
+    assert shares == pytest.approx({"test": 0.45, "validation": 0.1, "train": 0.45}, abs=0.03)
+
+
+@pytest.mark.parametrize(("split", "expected"), [
+    ("dev", {"test"}), ("train", {"validation", "train"}),
+    ("", {"test", "validation", "train"})])
+def test_only_rows_without_a_split_are_parted_into_all(split, expected):
+    assert {real.part_of(question(n, split=split)) for n in range(200)} == expected
+
+
+def test_numbers_of_texts_are_spread_and_stay():
+    assert real.share("nq_test_946") == real.share("nq_test_946") != real.share("nq_test_947")
+    assert real.share("") == 0.0 and all(0 <= real.share(str(n)) < 1 for n in range(99))
+
+
+def test_a_question_of_the_test_never_trains_by_id_or_text():
+    test = question("a", split="dev", question="Who wrote the Moby-Dick?")
+    same_text = question("b", split="train", question="who wrote Moby-Dick")
+    same_id = question("a", split="train", question="Another?")
+    twice = question("c", split="dev", question="WHO WROTE MOBY-DICK?")
+    other = question("d", split="train")
+    parts = real.split_questions([same_text, same_id, other, test, twice])
+    assert parts["test"] == [test]
+    assert parts["train"] + parts["validation"] == [other]
+
+
+# ---- corpus ----
+
+
+def test_the_corpus_has_each_passage_once_and_lines_keep_their_numbers(tmp_path):
+    (tmp_path / "passages").mkdir()
+    contents = {"wiki18_sample": ["A\na", "B\nb", "A\na"], "multihop_corpus": ["B\nb", "C\nc"]}
+    for name, texts in contents.items():
+        write_rows(tmp_path / "passages" / f"{name}.jsonl",
+                   [{"id": f"{name}{n}", "contents": text} for n, text in enumerate(texts)])
+    by_line, counts = real.write_corpus(tmp_path, tmp_path / "corpus.jsonl")
+    corpus = [row for _, row in read_rows(tmp_path / "corpus.jsonl", "passage")]
+    assert [row["contents"] for row in corpus] == ["A\na", "B\nb", "C\nc"]
+    assert len({row["id"] for row in corpus}) == 3
+    assert by_line == contents["wiki18_sample"]
+    assert counts == {"wiki18_sample": 3, "multihop_corpus": 2, "corpus": 3}
+    row = question(1, metadata={"answer_passage_ids": [1, 2]})
+    assert [p.text for p in real.own_passages(row, by_line)] == ["b", "a"]
+
+
+# ---- gold passages and demonstrations ----
+
+FOUND = [passage(f"T{n}", f"text {n}") for n in range(real.FOUND)]
+
+
+def with_answer(rank: int) -> list[Passage]:
+    return [*FOUND[:rank], passage("Gold", "it is number 7 ."), *FOUND[rank + 1 :]]
+
+
+@pytest.mark.parametrize(("dataset", "rank", "titles"), [
+    ("nq", 0, ["Gold"]),
+    ("nq", 7, ["Gold"]),  # one search
+    ("hotpotqa_2wiki", 2, ["Gold"]),  # among those shown
+    ("hotpotqa_2wiki", 3, ["T0", "Gold"]),  # a second search
+])
+def test_the_first_passage_with_an_answer_is_gold(dataset, rank, titles):
+    row = question(7, dataset=dataset)
+    assert [p.title for p in real.gold_paragraphs(row, with_answer(rank), [])] == titles
+
+
+def test_passages_that_the_row_names_help_where_search_finds_none():
+    own = [passage("Own", "number 7"), passage("Other", "number 7")]
+    assert real.gold_paragraphs(question(7), FOUND, own) == own[:1]
+    assert real.gold_paragraphs(question(7), FOUND, []) == []
+
+
+def test_an_answer_within_a_word_is_not_found():
+    row = question(7, golden_answers=["text"])
+    assert real.found_at([passage("T", "context"), passage("T", "a text")], row) == 1
+    assert real.found_at([passage("T", "context")], row) is None
+
+
+def test_supporting_paragraphs_come_in_the_order_that_search_finds_them():
+    paragraphs = [{"title": title, "text": "", "is_supporting": title != "T1"}
+                  for title in ("Far", "T5", "T1", "T2")]
+    gold = real.gold_paragraphs(question(7, context=paragraphs), FOUND, [])
+    assert [p.title for p in gold] == ["T2", "T5", "Far"]
+
+
+def test_each_search_of_a_demonstration_shows_a_gold_passage_and_others_that_are_found():
+    gold = [passage("T0", "text 0"), passage("Gold", "number 7")]
+    row = question(7, golden_answers=["seven", "number 7"])
+    shown = real.demonstrate(row, gold, [FOUND, with_answer(1)])
+    blocks = [s["text"] for s in shown["segments"] if s["author"] == "environment"]
+    assert len(blocks) == len(gold)
+    for block, own in zip(blocks, gold, strict=True):
+        assert own.text in block and block.count("Doc ") == real.SHOWN
+    assert shown["golden_answers"] == ["number 7"]  # "seven" stands in no gold passage
+    assert "<answer> number 7 </answer>" in shown["segments"][-1]["text"]
+
+
+@pytest.mark.parametrize("gold", [
+    [], [passage("T", "no answer")], [passage("T", "number 7")] * (real.MAX_HOPS + 1)])
+def test_what_cannot_be_shown_is_no_demonstration(gold):
+    assert real.demonstrate(question(7), gold, [FOUND] * len(gold)) is None
+
+
+# ---- all files ----
+
+
+def write_data(folder: Path, num: int = 40) -> Path:
+    """A folder of questions and passages as `data` reads it, with the embedded facts of mini."""
+    for name in ("questions", "gold", "passages"):
+        (folder / name).mkdir(parents=True)
+    facts = [f"Title {n}\nfact {n} has the number {n}" for n in range(num)]
+    write_rows(folder / "passages" / "wiki18_sample.jsonl",
+               [{"id": str(n), "contents": text} for n, text in enumerate(facts)])
+    write_rows(folder / "passages" / "multihop_corpus.jsonl",
+               [{"id": "x", "contents": facts[0]}, {"id": "y", "contents": "Else\nmore"}])
+    for name in (*real.SINGLE, "bamboogle", "train_hotpotqa_2wiki"):
+        write_rows(folder / "questions" / f"{name}.jsonl", [
+            {"id": f"{name}_{n}", "question": f"{name}: which number has fact {n}",
+             "golden_answers": [f"number {n}"]} for n in range(num)])
+    context = [{"title": f"Title {n}", "text": f"fact {n} has the number {n}",
+                "is_supporting": n < 2} for n in range(6)]
+    for name in GOLD:
+        write_rows(folder / "gold" / f"{name}.jsonl", [
+            {"id": f"{name}_{split}", "dataset": name, "split": split, "context": context,
+             "question": f"{name} {split}: which number has fact 1",
+             "golden_answers": ["number 1"]} for split in ("train", "dev")])
+    return folder
+
+
+def test_data_writes_corpus_index_questions_and_demonstrations(mini, tmp_path, capsys):
+    data, out = write_data(tmp_path / "data"), tmp_path / "files"
+    real.main(["data", "--data", str(data), "--encoder", str(mini / "encoder"),
+               "--out", str(out)])
+    parts = {part: [row for _, row in read_rows(out / f"{part}.jsonl", "question")]
+             for part in (*real.PARTS, "gold")}
+    ids = {part: {row["id"] for row in rows} for part, rows in parts.items()}
+    assert ids["gold"] <= ids["train"] and ids["gold"]
+    assert not ids["test"] & (ids["train"] | ids["validation"])
+    assert {f"{name}_dev" for name in GOLD} <= ids["test"]
+    assert {f"bamboogle_{n}" for n in range(40)} <= ids["test"]
+    trained = next(row for row in parts["train"] if row["id"] == "hotpotqa_train")
+    assert all(paragraph["is_supporting"] for paragraph in trained["context"])
+    split = json.loads((out / "split.json").read_text())
+    assert split["corpus"] == 41 and split["demonstrations"] == len(parts["gold"])
+    assert split["test nq"] == sum(row["dataset"] == "nq" for row in parts["test"])
+    assert "a part by hash" in split["rule"]
+    assert re.search(r"^ +41  corpus$", capsys.readouterr().out, re.M)
+    assert (out / "index").is_dir()
+
+
+# ---- commands ----
+
+
+def options(tmp_path: Path, rows: tuple[str, ...] = tuple(real.ROWS)) -> SimpleNamespace:
+    return SimpleNamespace(files=tmp_path / "files", encoder="ENC", student=tmp_path / "student",
+                           runs=tmp_path / "runs", records=tmp_path / "records", rows=rows)
+
+
+def flag(command: list[str], name: str) -> str:
+    """The value of a flag, without its folder; "" if it is not there."""
+    return Path(command[command.index(name) + 1]).name if name in command else ""
+
+
+@pytest.mark.parametrize(("row", "phase", "student", "teacher", "episodes", "questions"), [
+    ("teacher", "sft", "student", "", "gold.jsonl", ""),
+    ("seqkd", "sft", "student", "", "episodes-0.jsonl", ""),
+    ("kd", "kd", "student", "teacher-0", "episodes-0.jsonl", "train.jsonl"),
+    ("ppo", "ppo", "kd-0", "", "", "train.jsonl"),
+    ("dgpo", "dgpo", "kd-0", "teacher-0", "", "train.jsonl"),
+])
+def test_a_row_begins_from_its_model_and_learns_from_its_files(
+        tmp_path, row, phase, student, teacher, episodes, questions):
+    o = options(tmp_path)
+    command = real.train_row(row, o.files, o.encoder, o.student, o.runs)
+    names = ("--phase", "--student", "--teacher", "--episodes", "--questions", "--run-dir")
+    assert [flag(command, name) for name in names] == [
+        phase, student, teacher, episodes, questions, f"{row}-0"]
+    assert ("--index" in command) == bool(questions)
+
+
+def test_a_model_is_measured_on_the_test_questions_alone(tmp_path):
+    command = real.measure_row("KD", tmp_path / "kd-0", tmp_path, "ENC", tmp_path / "out")
+    assert flag(command, "--questions") == "test.jsonl" and flag(command, "--model") == "kd-0"
+    assert flag(command, "--index") == "index" and flag(command, "--corpus") == "corpus.jsonl"
+
+
+def test_an_asked_row_brings_the_rows_that_it_needs(tmp_path):
+    jobs = {job.name: job for job in real.row_jobs(("dgpo",), options(tmp_path))}
+    assert list(jobs) == ["eval student", "teacher", "eval teacher", "kd", "eval kd", "dgpo",
+                          "eval dgpo"]
+    assert jobs["dgpo"].needs == ("kd",) and jobs["kd"].needs == ("teacher",)
+    assert jobs["eval kd"].needs == ("kd",) and jobs["eval student"].needs == ()
+    assert flag(jobs["eval kd"].command(), "--model") == "kd-0"
+    assert flag(jobs["eval student"].command(), "--model") == "student"
+    assert jobs["eval kd"].done.name == "kd-0.json"
+
+
+# ---- report ----
+
+
+def test_the_report_of_the_records_says_what_the_page_says():
+    text, page = real.report(RECORDS), PAGE.read_text(encoding="utf-8")
+    assert "kd - student: average [+0.122, +0.174]" in text
+    assert "dgpo - kd: average [-0.019, +0.016]" in text
+    for line in text.split("\n\n")[1].splitlines()[2:]:  # of the first table, a row of the page
+        cells = re.split(r"  +", line)
+        assert f"| {' | '.join(cells)} |" in page, cells
+    for low, high in re.findall(r"average \[([+-][\d.]+), ([+-][\d.]+)\]", text):
+        assert f"[{low}, {high}]" in page
+
+
+def test_a_kind_of_sets_is_the_mean_of_its_sets():
+    lines = real.report(RECORDS).split("\n\n")[3].splitlines()
+    assert lines[0].split()[:2] == ["single-hop", "multi-hop"]
+    kd = next(re.split(r"  +", line) for line in lines if line.startswith("KD"))
+    sets = json.loads((RECORDS / "kd-0.json").read_text())["sets"]
+    assert float(kd[1]) == pytest.approx((sets["nq"]["em"] + sets["triviaqa"]["em"]) / 2, abs=5e-4)
+    assert float(kd[2]) == pytest.approx(
+        sum(sets[name]["em"] for name in real.MULTI) / 4, abs=5e-4)
+
+
+def test_no_records_are_said_with_what_makes_them(tmp_path):
+    with pytest.raises(RuntimeError, match="experiments.real run makes them"):
+        real.report(tmp_path)
+
+
+# ---- the real folder ----
+
+
+@pytest.mark.real
+def test_the_real_questions_are_split_as_the_page_says(real_data):
+    parts = real.split_questions(real.read_questions(real_data))
+    counts = {name: sum(row["dataset"] == name for row in parts["test"])
+              for name in (*real.SINGLE, *real.MULTI)}
+    sets = json.loads((RECORDS / "kd-0.json").read_text())["sets"]
+    assert counts == {name: row["n"] for name, row in sets.items()}
+    test = {normalize_answer(row["question"]) for row in parts["test"]}
+    assert len(test) == len(parts["test"]) == 773
+    for part in real.PARTS[1:]:
+        assert not test & {normalize_answer(row["question"]) for row in parts[part]}
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_part_of_the_real_folder_becomes_files(real_data, real_assets, tmp_path):
+    """The first 60 passages; questions that name no later ones."""
+    data, out = tmp_path / "data", tmp_path / "files"
+    for name in ("questions", "gold", "passages"):
+        (data / name).mkdir(parents=True)
+    for path in real_data.glob("*/*.jsonl"):
+        rows = [row for _, row in read_rows(path, "row")][:60]
+        rows = [row for row in rows
+                if max(row.get("metadata", {}).get("answer_passage_ids", []), default=0) < 60]
+        write_rows(data / path.parent.name / path.name, rows)
+    real.prepare(data, str(real_assets / "all-minilm-l6-v2"), out)
+    shown = [row for _, row in read_rows(out / "gold.jsonl", "episode")]
+    assert shown and len(shown) == json.loads((out / "split.json").read_text())["demonstrations"]
+    for episode in shown:
+        blocks = [passage("", s["text"]) for s in episode["segments"]
+                  if s["author"] == "environment"]
+        assert hit(blocks, episode["golden_answers"])
