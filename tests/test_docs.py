@@ -441,6 +441,16 @@ def test_the_demonstration_s_table_is_the_same_on_both_pages_and_in_its_record()
             assert row[1:] == [f"{values['em']:.3f}" for values in measured], row[0]
 
 
+def test_the_table_of_real_questions_has_the_numbers_of_its_records():
+    labels = {"Student": "student", "Teacher (sft)": "teacher", "KD": "kd", "DGPO, exact": "dgpo"}
+    table = table_rows(README, "<!-- real table -->")
+    assert [row[0] for row in table] == [*labels]
+    for label, *shown in table:
+        record = json.loads(text_of(ROOT / f"docs/results/real/{labels[label]}-0.json"))
+        measured = [*record["sets"].values(), record["average"]]
+        assert shown == [f"{values['em']:.3f}" for values in measured], label
+
+
 # ---- language ----
 
 
