@@ -42,7 +42,6 @@ Legend: K passages collected.
 import json
 import re
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -71,10 +70,9 @@ from eval import QUESTION_FILES, AgentSettings
 from formats.answers import contains
 from infra import cli
 from infra.config import setting
-from infra.files import replace_surrogates
 from infra.parallel import pick_device
 from infra.programs import check_paths, read_command
-from infra.record import recorded_settings
+from infra.record import model_name, recorded_settings
 from infra.run import Run, launch
 from reinforce import reinforce
 from retriever import Retriever
@@ -106,7 +104,6 @@ REFLECTED = re.compile(r"\s*<reflection>((?!</?reflection>).)*</reflection>", re
 INFORMATION_END = "</information>\n"
 REMOTE_CALLS = 8  # requests to a remote generator at once
 NAIVE_PASSAGES = 5  # of the one search of naive RAG (the paper's baselines)
-MAX_BODY, MAX_QUESTION = 65_536, 4_000  # bytes of a request, characters of its question
 
 Generator = Callable[[Sequence[Question], Sequence[Sequence[Passage]]], list[str]]
 
@@ -470,31 +467,35 @@ def search(
     [episode] = play_agent(policy, retriever, [asked], settings, seed=seed)
     if episode.status == "search_error":
         raise ConnectionError("the retriever failed, see above why")
-    trace = episode_text(episode, policy.tokenizer)
+    return search_result(episode, policy.tokenizer)
+
+
+def search_result(episode: Episode, tokenizer: Tokenizer) -> SearchResult:
+    trace = episode_text(episode, tokenizer)
     return SearchResult(collected_passages(episode), episode.queries, trace)
 
 
-def serve(look_up: Callable[[str], SearchResult], host: str, port: int) -> Any:
-    """A server that listens; its serve_forever() answers.
+def serve(policy: Policy, retriever: Retriever, settings: SearchSettings, port: int) -> tuple:
+    """(the engine that answers, a server that listens): server.py's routes, and one more.
 
     POST /search {"question": text} -> {"passages": [...], "queries": [...], "trace": text}. A
     passage is {id, title, text}. An error is {"error": text}.
     """
-    from infra.http import Server  # here, because only this command needs it
+    import server  # here, because only this command needs it
 
-    lock = threading.Lock()  # the model answers one question at a time
+    def look_up(body: Any) -> Any:
+        return server.answer(engine, server.read_ask(body)[0], reply)
 
-    def answer(row: Any) -> dict[str, Any]:
-        question = row.get("question") if isinstance(row, dict) else None
-        if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
-            raise ValueError(f"question: got {str(question)[:60]!r}, expected a text of at most "
-                             f"{MAX_QUESTION} characters")
-        with lock:
-            result = look_up(replace_surrogates(question))
+    def reply(job: Any) -> dict[str, Any]:
+        result = search_result(job.episode, policy.tokenizer)
         passages = [{"id": p.id, "title": p.name, "text": p.text} for p in result.passages]
         return {"passages": passages, "queries": result.queries, "trace": result.trace}
 
-    return Server({("POST", "/search"): answer}, host, port, max_body=MAX_BODY)
+    engine = server.SharedEngine(
+        policy, retriever, core_settings(settings), seed=settings.seed,
+        protocol=agent_protocol(settings), prepare=lambda asked: as_asked([asked], settings)[0])
+    return engine, server.open_server(engine, model_name(settings.model), settings.host, port,
+                                      routes={("POST", "/search"): look_up})
 
 
 # ---- how good the passages are for generators ----
@@ -625,15 +626,12 @@ def main(argv: list[str]) -> None:
         retriever = evaluation.load_retriever(settings)
     if command == "measure":
         return run_measure(settings, policy, retriever)
-    look_up = partial(search, policy=policy, retriever=retriever, settings=settings)
     if command == "serve":
-        from infra.http import run_until_stopped
+        from server import run_server
 
-        server = serve(look_up, settings.host, settings.port)
-        print(f"http://{settings.host}:{settings.port}/search; Ctrl-C ends it", flush=True)
-        return run_until_stopped(server)
+        return run_server(*serve(policy, retriever, settings, settings.port), "/search")
     question = settings.question
-    result = look_up(question)
+    result = search(question, policy, retriever, settings)
     print(result.trace)
     for number, passage in enumerate(result.passages, 1):
         print(f"\n[{number}] {passage.name}\n{passage.text}")

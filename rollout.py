@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ def generate(policy: Policy, retriever: SearchEngine | None,
             episode = record.begin_episode(policy.tokenizer, episode, settings.prompt)
         episodes.append(episode)
         if len(episode.ids) < settings.max_context_tokens:
-            rows.append(_Row(episode, number, episode.ids))
+            rows.append(Row(episode, number, episode.ids))
             episode.segments.append(Segment("agent", []))
         else:  # a prompt that fills the context leaves no room to act
             episode.status = "max_tokens"
@@ -104,12 +105,12 @@ def generate(policy: Policy, retriever: SearchEngine | None,
     steps = open_steps(policy.decoder, min(settings.rollout_rows, len(rows)),
                        settings.max_context_tokens + 1, policy.dtype)
     with merged(policy.decoder, policy.dtype, steps.copies), bar:
-        _Engine(policy, retriever, settings, protocol, seed, steps).run(rows, bar)
+        Engine(policy, retriever, settings, protocol, seed, steps).run(rows, bar)
     return episodes
 
 
 @dataclass
-class _Row:
+class Row:
     """An episode in flight."""
     episode: Episode
     number: int  # the episode's; its noise depends on it
@@ -129,10 +130,10 @@ class _Row:
         return "reading" if len(self.pending) > 1 else "writing"
 
 
-IDLE = _Row(Episode(None, [], "ended"), 0, [0])  # in the place of a row that writes nothing
+IDLE = Row(Episode(None, [], "ended"), 0, [0])  # in the place of a row that writes nothing
 
 
-class _Engine:
+class Engine:
     """Rows in flight: some read (prefill), some write (one token a step), some await a search.
 
     What happens next follows from token counts and step numbers, never from how long a search
@@ -145,15 +146,15 @@ class _Engine:
         self.settings, self.protocol, self.seed = settings, protocol, seed
         self.steps, self.cache, self.device = steps, steps.cache, policy.head.device
         self.head = blocked(policy.head.to(policy.dtype))
-        self.num_steps = 0
+        self.num_steps, self.max_rows = 0, steps.cache.rows
         # All closing tags end in ">", so only a token with that character can complete one.
         self.closers = policy.tokenizer.containing(">")
         self.search = None  # the one under way, a Future; its result is None if it kept failing
 
     @torch.no_grad()
-    def run(self, rows: list[_Row], bar: tqdm) -> None:
+    def run(self, rows: list[Row], bar: tqdm) -> None:
         """Play the episodes of these rows to their ends."""
-        self.waiting, self.rows = iter(rows), [IDLE] * self.cache.rows
+        self.waiting, self.rows = iter(rows), [IDLE] * self.max_rows
         while self.fill(bar):
             searching, reading, writing = map(self.slots_in, ("searching", "reading", "writing"))
             if self.search is None and self.is_worth_it(searching, writing):
@@ -177,6 +178,7 @@ class _Engine:
         for slot in self.slots_in("ended"):
             bar.update(self.rows[slot] is not IDLE)
             self.rows[slot] = next(self.waiting, IDLE)
+        self.rows += islice(self.waiting, self.max_rows - len(self.rows))  # of rows that come late
         occupied = [slot for slot, row in enumerate(self.rows) if row is not IDLE]
         if 4 * len(occupied) <= 3 * len(self.rows):  # drop rows that stay free
             self.cache.keep(torch.tensor(occupied, dtype=torch.long, device=self.device))
@@ -206,7 +208,7 @@ class _Engine:
         self.num_steps += 1
         self.sample(hidden, rows)
 
-    def sample(self, hidden: Tensor, rows: list[_Row]) -> None:
+    def sample(self, hidden: Tensor, rows: list[Row]) -> None:
         """Sample the next token of each row from hidden [B, D], and act on it."""
         noise = uniforms(self.seed, [r.number for r in rows], [r.num_sampled for r in rows])
         noise = torch.from_numpy(noise).to(self.device)  # [B]
@@ -216,11 +218,10 @@ class _Engine:
             if row is not IDLE:
                 self.take(row, token, logprob)
 
-    def take(self, row: _Row, token: int, logprob: float) -> None:
+    def take(self, row: Row, token: int, logprob: float) -> None:
         """Record a token, which was sampled once the pending ones were read, and act on it."""
         row.num_cached += len(row.pending)
-        row.pending = [token]
-        row.num_sampled += 1
+        row.pending, row.num_sampled = [token], row.num_sampled + 1
         *_, before, turn = row.episode.segments
         turn.ids.append(token)
         turn.logprobs.append(logprob)
@@ -236,7 +237,7 @@ class _Engine:
             if segment := self.protocol.interrupt(row.episode, self.tokenizer):
                 self.put_in(row, segment)
 
-    def end_turn(self, row: _Row, text: str, *, is_full: bool, is_cut: bool) -> None:
+    def end_turn(self, row: Row, text: str, *, is_full: bool, is_cut: bool) -> None:
         """End the episode, wait for a search, or go on after a notice."""
         episode, action = row.episode, record.parse_action(text, self.protocol)
         if action.kind == "answer":
@@ -255,7 +256,7 @@ class _Engine:
             ids = self.tokenizer.encode(self.protocol.notice, own=True)
             self.put_in(row, Segment("environment", ids))
 
-    def put_in(self, row: _Row, segment: Segment) -> None:
+    def put_in(self, row: Row, segment: Segment) -> None:
         """Append the environment's segment and let the agent go on, if there is room for it."""
         if row.num_cached + 1 + len(segment.ids) >= self.settings.max_context_tokens:
             row.episode.status = "max_tokens"

@@ -1,4 +1,4 @@
-"""A small HTTP server: JSON in, JSON or text out; sizes, times and connections are bounded.
+"""A small HTTP server: JSON in, JSON, text or events out; sizes, times and connections are bounded.
 
     server = Server({("POST", "/search"): answer}, "127.0.0.1", 8000)
     run_until_stopped(server)
@@ -6,24 +6,42 @@
 An answer is a plain function of the body. What it raises is an error with its reason: ValueError
 400, Refused as it says, anything else 500. A thread serves a connection, so a slow client holds up
 nobody; after read_s it gets a 408.
+
+An answer that takes long is a generator: it yields None now and then, and its value at the end. In
+Events every value but None is sent at once, as a server-sent event. The generator is closed where
+it stands if the client has left.
 """
 
 import json
 import math
+import select
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from types import GeneratorType
+from typing import Any, NamedTuple
 
 Routes = dict[tuple[str, str], Callable[[Any], Any]]  # (method, path) -> answer(body)
 JSON, TEXT = "application/json; charset=utf-8", "text/plain; charset=utf-8"
+HTML, EVENTS = "text/html; charset=utf-8", "text/event-stream; charset=utf-8"
 POLL_S = 0.2  # how often slow clients are looked for
+LEFT = 499  # how an answer is counted whose client has left; it is never sent
+
+
+class Html(str):
+    """An answer that is a page."""
+
+
+class Events(NamedTuple):
+    """An answer that is sent as it comes; a str is sent as it is, other values as JSON."""
+
+    values: GeneratorType
 
 
 class Refused(Exception):
@@ -32,6 +50,10 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
+
+
+class Left(OSError):
+    """The client has hung up."""
 
 
 class Server(ThreadingHTTPServer):
@@ -123,15 +145,74 @@ class Handler(BaseHTTPRequestHandler):
         self.is_answering = True
         try:
             status, value = 200, self.route()
-        except Refused as error:
-            status, value = error.status, {"error": str(error)}
-        except ValueError as error:
-            status, value = 400, {"error": str(error)}
+            if isinstance(value, Events):
+                return self.send_events(self.watch(value.values))
+            if isinstance(value, GeneratorType):
+                *_, value = self.watch(value)
+        except Left:
+            self.server.counts[LEFT] += 1
+            raise
         except Exception as error:  # the server lives on
-            print(f"{self.path}: {type(error).__name__}: {error}", file=sys.stderr)
-            status, value = 500, {"error": str(error) or type(error).__name__}
+            status, value = self.explain(error)
         self.reply(status, value)
         self.is_answering = False
+
+    def explain(self, error: Exception) -> tuple[int, dict[str, str]]:
+        """The status of an error, and its reason."""
+        if isinstance(error, Refused | ValueError):
+            return getattr(error, "status", 400), {"error": str(error)}
+        print(f"{self.path}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 500, {"error": str(error) or type(error).__name__}
+
+    def watch(self, values: GeneratorType) -> Iterator[Any]:
+        """Those that are not None; Left once the client is away."""
+        with closing(values):
+            for value in values:
+                if value is not None:
+                    yield value
+                elif self.has_left():
+                    raise Left("the client has hung up")
+
+    def has_left(self) -> bool:
+        """Whether the client has closed its end; it may have sent its next request instead."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        try:
+            return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def send_events(self, values: Iterator[Any]) -> None:
+        """Send values as they come. Their end is that of the connection."""
+        with closing(values):
+            first = next(values)  # before the head, so that a refusal has its status
+            self.server.counts[200] += 1
+            self.close_connection = True
+            self.send_head(200, EVENTS, {"Cache-Control": "no-cache", "Connection": "close"})
+            self.send_event(first)
+            try:
+                for value in values:
+                    self.send_event(value)
+            except Left:
+                raise
+            except Exception as error:
+                self.send_event(self.explain(error)[1])
+        self.is_answering = False
+
+    def send_event(self, value: Any) -> None:
+        text = value if isinstance(value, str) else json.dumps(value)
+        try:
+            self.wfile.write(f"data: {text}\n\n".encode())
+            self.wfile.flush()
+        except OSError as error:
+            raise Left(str(error)) from error
+
+    def send_head(self, status: int, kind: str, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def route(self) -> Any:
         path = self.path.partition("?")[0]
@@ -167,13 +248,9 @@ class Handler(BaseHTTPRequestHandler):
         """Send a value as JSON, a str as it is."""
         self.server.counts[status] += 1
         kind, text = (TEXT, value) if isinstance(value, str) else (JSON, json.dumps(value))
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
+        kind, body = HTML if isinstance(value, Html) else kind, text.encode()
+        headers = {"Connection": "close"} if self.close_connection else {}
+        self.send_head(status, kind, {"Content-Length": str(len(body))} | headers)
         self.wfile.write(body)
         self.wfile.flush()
         if self.close_connection and not self.is_late:

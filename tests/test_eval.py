@@ -17,6 +17,7 @@ import ask
 import bard
 import eval as evaluation
 import qagent
+import server
 from data import TEST_SETS, Passage, Question
 from episode import Episode, Segment
 from infra import cli, config, curves
@@ -508,6 +509,7 @@ ASKING = {
     "qagent search": (qagent.main, ["search", "who"]),
     "qagent serve": (qagent.main, ["serve"]),
     "bard ask": (bard.main, ["ask", "who"]),
+    "server": (server.main, []),
 }
 
 

@@ -135,7 +135,7 @@ def test_nothing_is_captured_while_a_search_is_under_way(tokenizer, captured, mo
     monkeypatch.setattr(model, "REACH_BUCKET", 8)  # so that each search meets new buckets
     engines, in_flight = [], []
     real_run, real_hidden, real_capture = (
-        rollout._Engine.run, model.Steps.hidden, cuda.capture)
+        rollout.Engine.run, model.Steps.hidden, cuda.capture)
 
     def run(engine, *arguments):
         engines.append(engine)
@@ -149,7 +149,7 @@ def test_nothing_is_captured_while_a_search_is_under_way(tokenizer, captured, mo
         assert engines[-1].search is None
         return real_capture(*arguments)
 
-    monkeypatch.setattr(rollout._Engine, "run", run)
+    monkeypatch.setattr(rollout.Engine, "run", run)
     monkeypatch.setattr(model.Steps, "hidden", hidden)
     monkeypatch.setattr(cuda, "capture", capture)
     scripts = {"ask-a": SEARCH_THEN_ANSWER, "ask-b": f"<think>{50 * 'x'}</think>{ANSWER}"}

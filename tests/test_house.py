@@ -39,7 +39,7 @@ FLOORS = (
     ("settings", "sampling", "session"),
     ("distil", "reinforce"),
     ("baselines",),
-    ("ask", "train", "eval", "viewer", "bard", "qagent", "world.*", "examples.*"),
+    ("ask", "server", "train", "eval", "viewer", "bard", "qagent", "world.*", "examples.*"),
     ("experiments.*",),
 )
 
@@ -140,7 +140,7 @@ def test_infra_is_ground():
 
 
 def test_the_core_knows_no_system_no_wing_and_no_program():
-    outside = {"ask", "eval", "train", *SYSTEMS}
+    outside = {"ask", "server", "eval", "train", *SYSTEMS}
     for name in (*METHOD, *MACHINE):
         below = reachable(name, follow_lazy=True)
         assert not below & (outside - {name}), name

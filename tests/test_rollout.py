@@ -220,8 +220,8 @@ def test_l9_the_token_that_completes_a_tag_is_kept_whole(tokenizer):
         def containing(self, character):
             return frozenset(i for i, piece in enumerate(self.pieces) if character in piece)
 
-    row = rollout._Row(Episode(ask("q"), [Segment("prompt", [0]), Segment("agent", [])]), 0, [0])
-    engine = object.__new__(rollout._Engine)
+    row = rollout.Row(Episode(ask("q"), [Segment("prompt", [0]), Segment("agent", [])]), 0, [0])
+    engine = object.__new__(rollout.Engine)
     engine.settings, engine.protocol, engine.tokenizer = RolloutSettings(), SEARCH_R1, Words()
     engine.closers = engine.tokenizer.containing(">")
     for token in range(len(Words.pieces)):
