@@ -108,6 +108,6 @@ def shard_models(settings: TrainSettings, student: Policy, guide: Policy | None,
 
 def save_policy(policy: Policy, folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write a policy of these unsharded tensors and its end tokens; without tensors, no weights."""
-    from infra.checks import write_end_tokens
+    from infra.checks import write_ends
     save_decoder(policy.decoder, policy.tokenizer, folder, state=tensors)
-    write_end_tokens(policy.tokenizer, folder)
+    write_ends(policy.tokenizer, folder)

@@ -144,6 +144,7 @@ def load_engine(name: str, weights: Weights, options: argparse.Namespace,
     if name.startswith("transformers"):
         library = import_module("transformers").AutoModelForCausalLM
         model = library.from_pretrained(weights.folder, dtype=dtype).to(options.device)
+        model.generation_config.stop_strings = None  # of a trained agent; the race has lengths
         cache = {"cache_implementation": "static"} if "static" in name else {}
         return partial(by_turns, partial(transformers_turn, model, cache))
     decoder = load_decoder(weights.folder, dtype=dtype, device=options.device)

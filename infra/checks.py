@@ -8,6 +8,8 @@ from typing import Any
 from infra.files import read_json
 from infra.parallel import say
 
+TAGS = ["</search>", "</answer>"]  # of any protocol: what rollout.py ends a turn at
+
 
 def check_together(settings: Any, distance: str, *, reinforces: bool, is_grouped: bool) -> None:
     """Refuse settings that cannot work together; distance: the one that the phase takes."""
@@ -109,8 +111,8 @@ def check_same_tokens(student: Any, teacher: Any) -> None:
     student.end_ids = teacher.end_ids = ends
 
 
-def write_end_tokens(tokenizer: Any, folder: Path) -> None:
-    """List all tokens that end a turn where a reader of the folder looks for them."""
+def write_ends(tokenizer: Any, folder: Path) -> None:
+    """List all that ends a turn, tokens and tags, where a reader of the folder looks for it."""
     path, first = folder / "generation_config.json", tokenizer.eos_id
-    ends = {"eos_token_id": [first, *sorted(tokenizer.end_ids - {first})]}
+    ends = {"eos_token_id": [first, *sorted(tokenizer.end_ids - {first})], "stop_strings": TAGS}
     path.write_text(json.dumps(read_json(path, {}) | ends, indent=1) + "\n", encoding="utf-8")

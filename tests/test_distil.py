@@ -192,6 +192,8 @@ def test_l1_student_and_teacher_end_turns_at_the_tokens_of_both_and_the_model_li
     assert f"the student's [{EOS}], the teacher's [{EOS}, {PAD}]" in capsys.readouterr().out
     trained = Tokenizer.load(tmp_path / "run")
     assert (trained.end_ids, trained.eos_id) == ({EOS, PAD}, EOS)
+    listed = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert listed == {"eos_token_id": [EOS, PAD], "stop_strings": ["</search>", "</answer>"]}
 
 
 def test_l1_an_end_token_that_is_no_token_is_refused(mini, tmp_path):

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -277,6 +277,12 @@ def test_a_fault_after_the_first_event_is_the_last_event(opened):
     assert pieces[0]["author"] == "agent" and last == {"error": "the card is away"}
 
 
+def test_a_search_that_a_failed_run_left_behind_holds_up_nobody(opened):
+    door = opened(limits={"timeout_s": 2.0})
+    door.engine.engine.search = Future()  # it never ends
+    assert door.ask("ask-a")[1].get("answer") == "gold"
+
+
 def test_a_prompt_that_cannot_work_is_refused_before_anybody_asks(tokenizer):
     policy = scripted_policy(tokenizer, SCRIPTS)
     with pytest.raises(ValueError, match="prompt"):
@@ -328,6 +334,14 @@ def test_a_character_of_several_tokens_is_one_piece(tokenizer):
     episode.segments[-1].ids.append(ids[3])  # it ends within a character
     assert [*pieces.new(episode, is_over=False)] == []
     assert [piece["text"] for piece in pieces.new(episode, is_over=True)] == ["\ufffd"]
+
+
+def test_a_stream_ends_with_what_was_held_back(opened, monkeypatch):
+    """The last token of an episode that is cut off may be a part of a character."""
+    monkeypatch.setitem(SCRIPTS, "ask-cut", "caf\u00e9")
+    door = opened(max_new_tokens=4, max_turns=0)
+    *pieces, last = map(json.loads, door.events("/ask", {"question": "ask-cut"}))
+    assert "".join(piece["text"] for piece in pieces) == "caf\ufffd" and not last["answer"]
 
 
 def test_a_chat_client_gets_the_answer_as_content_and_hears_what_is_not_read(opened):
