@@ -57,7 +57,6 @@ import numpy as np
 import torch
 
 import eval as evaluation
-from ask import RECORDED
 from data import Question, exact_match, parse_question
 from distil import Schedule, distil
 from episode import Episode, Segment, begin_episode, episode_text, load_episodes, save_episodes
@@ -74,6 +73,7 @@ from reinforce import reinforce
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
 from sampling import write_episodes
+from serving.ask import RECORDED
 from session import Session, Task, open_frozen, open_session, open_student
 from settings import TrainSettings
 from settings import with_defaults as with_core_defaults

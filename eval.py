@@ -42,7 +42,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ask import RECORDED
 from data import TEST_SETS, Passage, Question, f1, hit, load_questions
 from episode import STATUSES, Episode, begin_episode, observation_ids, save_episodes
 from infra import cli, config
@@ -53,6 +52,7 @@ from infra.programs import check_paths
 from infra.record import model_name, recorded_settings
 from retriever import Retriever, open_retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
+from serving.ask import RECORDED
 from session import load_policy
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "world.toml"

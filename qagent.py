@@ -55,7 +55,6 @@ import numpy as np
 import torch
 
 import eval as evaluation
-from ask import RECORDED
 from bard import check_own_reward, open_own_guide
 from data import Passage, Question, build_messages, f1, hit, normalize_answer
 from episode import (
@@ -77,6 +76,7 @@ from infra.run import Run, launch
 from reinforce import reinforce
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
+from serving.ask import RECORDED
 from session import Task, load_policy, open_session, open_student
 from settings import TrainSettings
 from settings import with_defaults as with_core_defaults
@@ -481,21 +481,22 @@ def serve(policy: Policy, retriever: Retriever, settings: SearchSettings, port: 
     POST /search {"question": text} -> {"passages": [...], "queries": [...], "trace": text}. A
     passage is {id, title, text}. An error is {"error": text}.
     """
-    import server  # here, because only this command needs it
+    from server import open_server, read_ask  # here, because only this command needs them
+    from serving.engine import SharedEngine, answer
 
     def look_up(body: Any) -> Any:
-        return server.answer(engine, server.read_ask(body)[0], reply)
+        return answer(engine, read_ask(body)[0], reply)
 
     def reply(job: Any) -> dict[str, Any]:
         result = search_result(job.episode, policy.tokenizer)
         passages = [{"id": p.id, "title": p.name, "text": p.text} for p in result.passages]
         return {"passages": passages, "queries": result.queries, "trace": result.trace}
 
-    engine = server.SharedEngine(
+    engine = SharedEngine(
         policy, retriever, core_settings(settings), seed=settings.seed,
         protocol=agent_protocol(settings), prepare=lambda asked: as_asked([asked], settings)[0])
-    return engine, server.open_server(engine, model_name(settings.model), settings.host, port,
-                                      routes={("POST", "/search"): look_up})
+    return engine, open_server(engine, model_name(settings.model), settings.host, port,
+                               routes={("POST", "/search"): look_up})
 
 
 # ---- how good the passages are for generators ----

@@ -301,4 +301,4 @@ def _search(engine: SearchEngine, queries: list[str], top_k: int) -> list[list[P
 
 
 if __name__ == "__main__":
-    importlib.import_module("ask").main(sys.argv[1:])  # a door for use, beside the method
+    importlib.import_module("serving.ask").main(sys.argv[1:])  # a door for use, beside the method

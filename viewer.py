@@ -34,7 +34,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dgpo
-from ask import token_texts
 from batch import Batch, collate, pack, response_rows
 from data import Question
 from episode import Episode, load_episodes, parse_action, parse_episode
@@ -51,6 +50,7 @@ from model import Critic
 from reinforce import Models, sampled_logprobs, score_tokens, spread
 from rollout import generate
 from sampling import play
+from serving.ask import token_texts
 from session import Session, Task, load_policy, open_frozen, open_session, open_student
 from settings import DISTIL, REINFORCE, TrainSettings, guide_of
 from tokenizer import Tokenizer

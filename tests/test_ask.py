@@ -8,11 +8,11 @@ import json
 
 import pytest
 
-import ask
-from ask import Brief, Trace, answer, as_record, read_questions, watched
 from data import Passage, Question
 from episode import SEARCH_R1, Episode, Segment, episode_text
 from rollout import load_protocol
+from serving import ask
+from serving.ask import Brief, Trace, answer, as_record, read_questions, watched
 from tests.support.mini import read_rows
 from tests.support.scripted import SEARCH_THEN_ANSWER, FixedRetriever, scripted_policy
 

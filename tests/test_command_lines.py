@@ -246,7 +246,7 @@ def test_a_wrong_command_line_ends_with_one_short_message_before_anything_is_loa
 HELP = [
     *(f"train.py --phase {phase}" for phase in (*PHASES, *bard.PHASES, *qagent.PHASES)),
     "train.py --config configs/world.toml configs/bard.toml --phase bard-rl",
-    *("rollout.py", "rollout.py ask", "ask.py", "eval.py", "eval.py arcap", "eval.py table"),
+    *("rollout.py", "rollout.py ask", "eval.py", "eval.py arcap", "eval.py table"),
     *("eval.py compare", "retriever.py", "retriever.py build", "retriever.py search"),
     *("retriever.py serve", "retriever.py compare", "viewer.py", "viewer.py watch", "server.py"),
     *("data.py", "data.py prepare", "bard.py", "bard.py ask", "bard.py measure", "qagent.py"),

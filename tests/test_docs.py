@@ -36,7 +36,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 LIVING_PAGES = [page for page in PAGES if page != LOG]
 PROSE_PAGES = [page for page in PAGES if page.parent.name != "results"]  # not printed by programs
 MAX_README_BYTES, MAX_SENTENCE_WORDS = 8000, 30
-CODE_FOLDERS = ("", "infra", "retrieval", "world", "experiments", "examples", "tests",
+CODE_FOLDERS = ("", "infra", "retrieval", "serving", "world", "experiments", "examples", "tests",
                 "tests/support")
 SCRIPTS_ON_PAGES = {"subset.py"}  # a page prints them whole
 FOREIGN_FLAGS = {"--shutdown-timeout"}  # of torchrun, beside those of its own parser
@@ -189,7 +189,7 @@ def test_metrics_in_the_page_are_written_by_the_code():
     assert not [word for word in words if not re.search(rf"\b{word}\b|_{word}\b", code)]
 
 
-WINGS = ("infra", "retrieval", "formats", "world", "experiments", "examples")
+WINGS = ("infra", "retrieval", "formats", "serving", "world", "experiments", "examples")
 
 
 def listed(page: Path) -> set[str]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import ask
 import bard
 import eval as evaluation
 import qagent
@@ -24,6 +23,7 @@ from infra import cli, config, curves
 from infra.record import say_once
 from model import Tokenizer
 from rollout import RolloutSettings
+from serving import ask
 from session import Task, open_session
 from settings import TrainSettings
 from tests.support.runs import run

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("infra", "formats", "retrieval", "world", "experiments", "examples")
+WINGS = ("infra", "formats", "retrieval", "serving", "world", "experiments", "examples")
 METHOD = (
     "dgpo", "baselines", "episode", "batch", "rollout", "sampling", "settings", "session", "distil",
     "reinforce", "train",
@@ -39,7 +39,8 @@ FLOORS = (
     ("settings", "sampling", "session"),
     ("distil", "reinforce"),
     ("baselines",),
-    ("ask", "server", "train", "eval", "viewer", "bard", "qagent", "world.*", "examples.*"),
+    ("serving.*", "server", "documents", "train", "eval", "viewer", "bard", "qagent", "world.*",
+     "examples.*"),
     ("experiments.*",),
 )
 
@@ -140,11 +141,12 @@ def test_infra_is_ground():
 
 
 def test_the_core_knows_no_system_no_wing_and_no_program():
-    outside = {"ask", "server", "eval", "train", *SYSTEMS}
+    outside = {"server", "documents", "eval", "train", *SYSTEMS}
     for name in (*METHOD, *MACHINE):
         below = reachable(name, follow_lazy=True)
         assert not below & (outside - {name}), name
-        assert not [other for other in below if other.startswith(("world.", "experiments."))], name
+        wings = ("serving.", "world.", "experiments.")
+        assert not [other for other in below if other.startswith(wings)], name
 
 
 def test_nothing_imports_train():
@@ -170,7 +172,7 @@ def test_import_train_loads_the_method_and_little_else():
     assert sum(sizes.values()) <= MAX_TRAIN_LINES, sizes
     unwanted = {*SYSTEMS, "eval", "retriever", "encoder", "baselines", "http.server"}
     assert not unwanted & loaded.keys()
-    wings = r"(world|experiments|examples|retrieval)(\.|$)"
+    wings = r"(serving|world|experiments|examples|retrieval)(\.|$)"
     assert not [name for name in loaded if re.match(wings, name)]
     assert set(sizes) == {
         str(MODULES[name].relative_to(ROOT))

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ask
 import bard
 import dgpo
 import distil
@@ -44,6 +43,7 @@ from model import load_decoder, save_decoder
 from qagent import SearchSettings
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
+from serving import ask
 from settings import TrainSettings, with_defaults
 from tests.support import byhand
 from tests.support.byhand import Distillation, Reinforcement, is_right

@@ -855,12 +855,12 @@ def test_a_run_whose_served_index_stays_away_ends_with_a_state_and_goes_on_from_
 @pytest.mark.parametrize("program", ["train", "eval", "ask", "qagent"])
 def test_every_program_takes_an_address_in_the_place_of_an_index(program, mini, shelf):
     """Its paths are checked, and its retriever opened, as the programs do it."""
-    import ask
     import eval as evaluation
     import qagent
     from infra import cli
     from infra.checks import check_asked
     from infra.programs import check_paths
+    from serving import ask
     from settings import TrainSettings
 
     door = Door(shelf)

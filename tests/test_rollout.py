@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import ask as ask_program
 import retriever
 import rollout
 from batch import collate
@@ -34,6 +33,7 @@ from kernels import sample
 from model import Tokenizer, load_decoder
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate, load_protocol
+from serving import ask as ask_program
 from tests.support.mini import sharpen
 from tests.support.models import EOS, PAD, decoder_config
 from tests.support.scripted import (

@@ -22,10 +22,11 @@ import torch
 
 import server
 from data import Question, load_questions
+from episode import Episode, Segment, episode_text
 from infra.http import Refused
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
-from server import Pieces, SharedEngine
+from serving.engine import Pieces, SharedEngine
 from session import load_policy
 from tests.support.scripted import (
     SEARCH_THEN_ANSWER,
@@ -146,7 +147,7 @@ def test_64_clients_at_once_get_the_tokens_that_each_question_gets_alone(world, 
     steps = door.engine.engine.num_steps
     assert [status for status, _ in replies] == [200] * num
     for episode, (_, reply) in zip(alone, replies, strict=False):
-        trace = server.episode_text(episode, policy.tokenizer)
+        trace = episode_text(episode, policy.tokenizer)
         assert (reply["trace"], reply["answer"]) == (trace, episode.answer)
         assert reply["timings"]["tokens"] == episode.num_agent_tokens
     assert steps < sum(reply["timings"]["tokens"] for _, reply in replies) / 4  # shared ones
@@ -327,8 +328,8 @@ def test_a_character_of_several_tokens_is_one_piece(tokenizer):
     ids = tokenizer.encode("caf\u00e9!")
     pieces, texts = Pieces(tokenizer), []
     for end in range(1, len(ids) + 1):
-        episode = server.Episode(
-            question, [server.Segment("prompt", [1]), server.Segment("agent", ids[:end])])
+        episode = Episode(
+            question, [Segment("prompt", [1]), Segment("agent", ids[:end])])
         texts += [piece["text"] for piece in pieces.new(episode, is_over=False)]
     assert texts == ["c", "a", "f", "\u00e9", "!"]
     episode.segments[-1].ids.append(ids[3])  # it ends within a character
@@ -423,6 +424,6 @@ def test_the_program_serves_and_stops_when_it_is_asked(mini, tmp_path):
                                max_obs_tokens=60, prompt="short", temperature=0.0)
     question = Question("asked", "which number has fact 3", (), "asked")
     [episode] = generate(policy, FixedRetriever(), [question], settings, seed=0)
-    assert served["trace"] == server.episode_text(episode, policy.tokenizer)
+    assert served["trace"] == episode_text(episode, policy.tokenizer)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 0 and "Traceback" not in process.stderr.read()

@@ -19,7 +19,6 @@ import torch
 import dgpo
 import reinforce
 import viewer
-from ask import token_texts
 from batch import collate
 from data import Question
 from episode import Episode, Segment, save_episodes
@@ -28,6 +27,7 @@ from infra.record import read_record
 from kernels import head_logprobs
 from model import Tokenizer
 from reinforce import Models
+from serving.ask import token_texts
 from settings import TrainSettings
 from tests.support.mini import read_rows, write_rows
 from tests.support.runs import Spy, policies, run

@@ -79,7 +79,7 @@ def ask(argv: list[str]) -> None:
     own = {"seed", "temperature", "dtype", "questions", "out", "interactive", "json"}
     settings = cli.load(
         AskSettings, argv, prog="rollout.py ask", description="Ask an agent.",
-        default_config=Path(__file__).parent / "configs" / "world.toml",
+        default_config=config.ROOT / "configs" / "world.toml",
         shared={field.name for field in fields(AskSettings)} - own,
         recorded=partial(recorded_settings, sorted(RECORDED)),
     )  # fmt: skip
@@ -292,7 +292,3 @@ def main(argv: list[str]) -> None:
     read_command(argv, "rollout.py", __doc__, ("ask",))
     with cli.reporting("rollout.py"):
         ask(argv[1:])
-
-
-if __name__ == "__main__":
-    main(["ask", *sys.argv[1:]])
