@@ -26,7 +26,8 @@ FEWER = {  # modules that need no rows, and why
 def modules() -> list[str]:
     """Every Python file of the project but the tests."""
     paths = [*ROOT.glob("*.py")]
-    for wing in ("formats", "infra", "retrieval", "world", "experiments", "examples"):
+    for wing in ("formats", "infra", "retrieval", "serving", "world", "experiments",
+                 "examples"):
         paths += (ROOT / wing).glob("**/*.py")
     return [path.relative_to(ROOT).as_posix() for path in paths]
 
