@@ -106,7 +106,7 @@ def test_a_pdf_has_a_section_for_each_page(tmp_path, monkeypatch):
 
 def test_passages_hold_all_words_in_order_and_no_more_than_their_size():
     paragraphs = [f"w{i} " * n + "end." for i, n in enumerate((3, 4, 30, 2, 9, 1))]
-    paragraphs += ["One two. " * 12, "x" * 300, "short"]
+    paragraphs += ["One two. " * 12, "one two " + "x" * 300, "short"]
     made = [*passages_of(Section("A title", paragraphs), SIZE, 0, count)]
     words = " ".join(text for _, text in made).split()
     assert "".join(words) == "".join("".join(paragraphs).split())
@@ -122,6 +122,9 @@ def test_a_passage_begins_with_the_end_of_the_one_before_it():
         assert before.split("\n")[-1] == after.split("\n")[0]  # one part fits, not two
     assert {line for text in made for line in text.split("\n")} == set(paragraphs)
     assert len(made) == len({*made})
+    wide = ["a b c d", " ".join("w" * 20)] * 3  # no room for a repeated part beside the second
+    assert all(count('"T"') + count(text) <= SIZE
+               for _, text in passages_of(Section("T", wide), SIZE, 6, count))
 
 
 def test_a_long_title_leaves_room_for_the_text():
@@ -163,8 +166,8 @@ def embedded(monkeypatch) -> list[str]:
 
 
 def settings(mini, folder: Path, **changes) -> IndexSettings:
-    values = {"folder": str(folder), "out": str(folder.parent / "own"), "size": SIZE_OF_MINI, "overlap": 6,
-              "encoder": str(mini / "encoder")}  # fmt: skip
+    values = {"folder": str(folder), "out": str(folder.parent / "own"), "overlap": 6,
+              "size": SIZE_OF_MINI, "encoder": str(mini / "encoder")}  # fmt: skip
     return IndexSettings(**{**values, **changes})
 
 
@@ -219,6 +222,10 @@ def test_an_index_that_is_interrupted_goes_on(mini, folder, embedded, monkeypatc
     whole = settings(mini, folder, out=str(folder.parent / "whole"))
     documents.write_index(whole)
     num, before = len(embedded), settings(mini, folder)
+    if moment == "facts":  # vectors of an older index are kept as well
+        (folder / "4.md").write_text("# Five\n\nsoon gone")
+        documents.write_index(before)
+        (folder / "4.md").unlink()
     embedded.clear()
 
     def stop(*_):
