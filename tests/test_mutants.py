@@ -18,6 +18,7 @@ ROWS = load_tables(ROOT)
 MIN_ROWS, MIN_OF_A_LOOP, MIN_OF_A_MODULE = 150, 10, 5
 LOOPS = ("distil.py", "reinforce.py", "rollout.py", "bard.py", "qagent.py")
 FEWER = {  # modules that need no rows, and why
+    "examples/doors.py": "an example for users; its numbers are those of the doors",
     "examples/rewards.py": "an example for users, of three short functions",
     "world/files.py": "names of folders, and JSON lines in and out",
 }
