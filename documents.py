@@ -415,6 +415,11 @@ def write_questions(settings: QuestionSettings) -> None:
                          getattr(torch, settings.dtype))
     texts = write_drafts(policy, chosen, out / "drafts.jsonl", settings)
     rows, dropped = check_pairs([*zip(chosen, texts, strict=True)], retriever, settings.top_k)
+    for reason, count in dropped.most_common():
+        print(f"dropped {count}: {reason}")
+    if not rows:
+        raise ValueError(f"--model: got {settings.model}, none of whose {len(chosen)} pairs holds "
+                         f"(see {out / 'drafts.jsonl'}), expected some; give a larger model")
     is_test = [zlib.crc32(row["id"].encode()) % 1000 < 1000 * settings.test_share for row in rows]
     parts = {"questions": [row for row, test in zip(rows, is_test, strict=True) if not test],
              "test": [row for row, test in zip(rows, is_test, strict=True) if test]}
@@ -424,8 +429,6 @@ def write_questions(settings: QuestionSettings) -> None:
         write_aside(out / f"{name}.jsonl", partial(Path.write_text, data=text))
     write_preset(out, {"corpus": CORPUS, "encoder": facts["encoder"], "index": ".",
                        "questions": "questions.jsonl", "episodes": "episodes.jsonl"})
-    for reason, count in dropped.most_common():
-        print(f"dropped {count}: {reason}")
     print(f"{out}: kept {len(rows)} of {len(chosen)} pairs: {len(parts['questions'])} to learn "
           f"from, {len(parts['test'])} to test with")
 

@@ -390,6 +390,16 @@ def test_pairs_that_were_written_before_an_interruption_are_kept(mini, folder, a
     assert [call[:2] for call in asked] == [(0, 4), (4, 4), (8, 2)]
 
 
+def test_a_model_that_writes_no_pair_that_holds_is_refused(
+    mini, folder, asked, monkeypatch, capsys
+):
+    monkeypatch.setattr(documents, "read_pair", lambda text: None)
+    with pytest.raises(ValueError, match="none of whose 3 pairs holds.*give a larger model"):
+        documents.write_questions(question_settings(mini, folder, num=3))
+    assert "dropped 3: no question and answer" in capsys.readouterr().out
+    assert not (folder.parent / "own" / "questions.jsonl").exists()
+
+
 def test_an_index_without_a_passage_of_enough_words_is_refused(mini, folder, asked):
     with pytest.raises(ValueError, match="--min-words 900: got no passage"):
         documents.write_questions(question_settings(mini, folder, min_words=900))
