@@ -38,7 +38,8 @@ PROSE_PAGES = [page for page in PAGES if page.parent.name != "results"]  # not p
 MAX_README_BYTES, MAX_SENTENCE_WORDS = 8000, 30
 CODE_FOLDERS = ("", "infra", "retrieval", "serving", "world", "experiments", "examples", "tests",
                 "tests/support")
-SCRIPTS_ON_PAGES = {"subset.py"}  # a page prints them whole
+SCRIPTS_ON_PAGES = {"subset.py", "clients.py", "race.py"}  # a page prints them whole
+WRITTEN_PRESETS = {"runs/own/own.toml"}  # by a command that stands before them
 FOREIGN_FLAGS = {"--shutdown-timeout"}  # of torchrun, beside those of its own parser
 MAX_COLUMNS = 100
 # A demonstration is one run; its record is written by hand from runs/demo (docs/reproduction.md).
@@ -166,7 +167,7 @@ def is_missing(code: str, page: Path) -> bool:
 @pytest.mark.parametrize("page", LIVING_PAGES, ids=name_of)
 def test_functions_tests_and_files_in_code_marks_exist(page):
     """`dgpo.gae`, `episode.Episode.response_mask`, `test_x`, `world/trails.py`."""
-    written_by_a_person = SCRIPTS_ON_PAGES | {"prompt.txt", "compress.txt"}
+    written_by_a_person = SCRIPTS_ON_PAGES | WRITTEN_PRESETS | {"prompt.txt", "compress.txt"}
     checked = [code for code in inline_code(page) if code not in written_by_a_person]
     assert not [code for code in checked if is_missing(code, page)]
 
@@ -288,7 +289,8 @@ def stop_after_parsing(monkeypatch):
 def test_commands_are_accepted_by_the_programs_own_parsers(
     command, stop_after_parsing, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sys, "argv", [command.program, *command.arguments])
+    arguments = [word for word in command.arguments if word not in WRITTEN_PRESETS]
+    monkeypatch.setattr(sys, "argv", [command.program, *arguments])
     try:
         if command.program.startswith("-m "):
             runpy.run_module(command.program.removeprefix("-m "), run_name="__main__")

@@ -27,7 +27,7 @@ from infra.http import Refused
 from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
 from serving.engine import Pieces, SharedEngine
-from session import load_policy
+from session import load_policy, save_policy
 from tests.support.scripted import (
     SEARCH_THEN_ANSWER,
     FixedRetriever,
@@ -404,6 +404,24 @@ def test_the_page_shows_texts_as_texts_and_loads_nothing(opened):
         kind, page = reply.headers["Content-Type"], reply.read().decode()
     assert kind.startswith("text/html") and "<form" in page
     assert not re.findall(r"innerHTML|insertAdjacentHTML|https?://|src=|@import", page)
+
+
+def test_the_pages_loop_in_transformers_gives_the_answers_of_ask(world, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    policy, retriever, questions = world
+    save_policy(policy, tmp_path, policy.decoder.state_dict())
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(code, names := {})
+
+    def search(query: str) -> str:
+        [passage] = retriever.search([query], 1)[0]
+        return f"Doc 1(Title: {passage.title}) {passage.text}"
+
+    settings = RolloutSettings(**{**SETTINGS, "top_k": 1, "max_new_tokens": 64})
+    for episode in generate(policy, retriever, questions[:3], settings, seed=0):
+        said = names["answer"](tmp_path, f"{episode.question.question}?", search, 4, 64)
+        assert said == episode.answer is not None
 
 
 @pytest.mark.slow
