@@ -28,6 +28,7 @@ from retriever import Retriever
 from rollout import Policy, RolloutSettings, generate
 from serving.engine import Pieces, SharedEngine
 from session import load_policy, save_policy
+from tests.support.chromium import evaluate
 from tests.support.scripted import (
     SEARCH_THEN_ANSWER,
     FixedRetriever,
@@ -404,6 +405,16 @@ def test_the_page_shows_texts_as_texts_and_loads_nothing(opened):
         kind, page = reply.headers["Content-Type"], reply.read().decode()
     assert kind.startswith("text/html") and "<form" in page
     assert not re.findall(r"innerHTML|insertAdjacentHTML|https?://|src=|@import", page)
+
+
+def test_the_page_draws_a_stream_in_chromium_and_a_hostile_passage_as_text(opened, tmp_path):
+    door = opened(FixedRetriever(text="<script>document.title = 'bad'</script>"))
+    expression = "document.querySelector('#answer').textContent && document.body.outerHTML"
+    page = evaluate(f"{door.url}/#ask-a", expression, tmp_path)
+    assert '<p id="answer" class="answer" role="status">gold</p>' in page
+    assert "&lt;script&gt;document.title = 'bad'&lt;/script&gt; on q1" in page
+    assert page.count("<script>") == 1 and '<span class="environment">' in page
+    assert "2 passages</p>" in page
 
 
 def test_the_pages_loop_in_transformers_gives_the_answers_of_ask(world, tmp_path):
