@@ -57,8 +57,9 @@ MAX_TITLE_SHARE = 4  # a title has at most one of so many tokens of a passage
 CORPUS, VECTORS, RECORD, PRESET = "corpus.jsonl", "embeddings.npy", "documents.json", "own.toml"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 PAIR = re.compile(r"Question:[ \t]*(\S.*?)[ \t]*\n+[ \t]*Answer:[ \t]*(\S.*)")
-WRITER = ("Write one question that the passage answers, and its answer: a few words, copied from "
-          "the passage. Whoever reads the question does not see the passage.\n\nPassage: {passage}")
+WRITER = ("Write one question that the passage answers, and its answer. The answer is a name, a "
+          "number or a term of at most five words, copied from the passage. The question names "
+          "what it is about, because its reader does not see the passage.\n\nPassage: {passage}")
 EXAMPLE = ("Oresund Bridge\nThe Oresund Bridge joins Copenhagen and Malmo. It was opened in July "
            "2000, and trains and cars cross it.",
            "Question: In which year was the Oresund Bridge opened?\nAnswer: 2000")
