@@ -374,9 +374,13 @@ def check_pairs(drafts: Sequence[tuple[Passage, str]], retriever: Retriever,
 
 def write_drafts(policy: Policy, passages: Sequence[Passage], path: Path,
                  settings: QuestionSettings) -> list[str]:
-    """What the model writes for each passage; a file keeps it, and an interrupted one goes on."""
+    """What the model writes for each passage; a file keeps it, and a later command goes on.
+
+    Passages come in an order that neither an interruption nor a larger --num changes.
+    """
     about = {"model": settings.model, "seed": settings.seed, "temperature": settings.temperature,
-             "passages": signature({"ids": [passage.id for passage in passages]})}
+             "min_words": settings.min_words, "writer": WRITER,
+             "corpus": read_json(path.parent / "index.json")["corpus_sha256"]}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be torn
     texts = [row["text"] for row in whole[1:]] if whole[:1] == [about] else []
@@ -385,7 +389,7 @@ def write_drafts(policy: Policy, passages: Sequence[Passage], path: Path,
         "".join(json.dumps(row) + "\n" for row in kept)))
     rules = RolloutSettings(prompt="row", max_turns=0, max_new_tokens=80, max_context_tokens=2048,
                             temperature=settings.temperature, rollout_rows=settings.rollout_rows)
-    with tqdm(total=len(passages), initial=len(texts), desc="pairs") as bar:
+    with tqdm(total=len(passages), initial=min(len(texts), len(passages)), desc="pairs") as bar:
         for start in range(len(texts), len(passages), settings.rollout_rows):
             part = passages[start : start + settings.rollout_rows]
             asked = [Question(passage.id, "", (), "own", prompt=messages_for(passage))
@@ -397,7 +401,7 @@ def write_drafts(policy: Policy, passages: Sequence[Passage], path: Path,
                 file.write("".join(json.dumps({"text": text}) + "\n" for text in new))
             texts += new
             bar.update(len(part))
-    return texts
+    return texts[: len(passages)]
 
 
 def write_questions(settings: QuestionSettings) -> None:

@@ -386,6 +386,10 @@ def test_pairs_that_were_written_before_an_interruption_are_kept(mini, folder, a
     documents.write_questions(question_settings(mini, folder, num=10))
     assert [call[:2] for call in asked] == [(0, 4), (4, 4), (8, 2)]
     asked.clear()
+    for num in (3, 11):
+        documents.write_questions(question_settings(mini, folder, num=num))
+    assert [call[:2] for call in asked] == [(10, 1)]  # more of the same
+    asked.clear()
     documents.write_questions(question_settings(mini, folder, num=10, seed=1))  # other passages
     assert [call[:2] for call in asked] == [(0, 4), (4, 4), (8, 2)]
 
