@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ MAX_WAITING, TIMEOUT_S = 256, 600.0  # questions without a row; seconds for an a
 POLL_S = 0.2  # how often a thread looks whether its client is there
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A question on its way; times in seconds of time.perf_counter."""
 
@@ -94,6 +94,8 @@ class SharedEngine:
                 yield job
         finally:
             job.is_left = True
+            with self.changed, suppress(ValueError):  # it has a row already
+                self.waiting.remove(job)
         if job.error is not None:
             raise job.error
         if episode.status == "search_error":
@@ -152,15 +154,14 @@ class SharedEngine:
             if job.episode.status and not self.is_closed:
                 self.note_end(job)
         with self.changed:
-            while self.waiting and not self.is_closed:
-                job = self.waiting.popleft()
-                if not job.is_left:
-                    job.began = time.perf_counter()
-                    self.playing[id(job.episode)] = job
-                    row = Row(job.episode, 0, job.episode.ids)  # its noise is that of a first one
-                    job.episode.segments.append(Segment("agent", []))
-                    return row
-        raise StopIteration
+            if not self.waiting or self.is_closed:
+                raise StopIteration
+            job = self.waiting.popleft()
+        job.began = time.perf_counter()
+        self.playing[id(job.episode)] = job
+        row = Row(job.episode, 0, job.episode.ids)  # its noise is that of a first one
+        job.episode.segments.append(Segment("agent", []))
+        return row
 
     def note_end(self, job: Job) -> None:
         job.ended, job.is_over = time.perf_counter(), True
