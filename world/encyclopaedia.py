@@ -406,14 +406,10 @@ def chain_question(
     relation = rng.choice(list(entity.facts))
     path.append([entity.title, relation])
     question = ask(entity, relation, style, rng, s)
-    if num_hops == 1:
-        kind = "single"
-    else:
-        kind = "bridge" if style == "hotpotqa" else "compositional"
     return {
         "question": question,
         "golden_answers": [entity.facts[relation]],
-        "metadata": {"type": kind, "hops": path},
+        "metadata": {"hops": path},
     }
 
 
@@ -445,7 +441,7 @@ def compare_question(pool: list[Entity], style: str, rng: random.Random) -> dict
     return {
         "question": question,
         "golden_answers": [answer],
-        "metadata": {"type": "comparison", "order": order, "hops": hops},
+        "metadata": {"order": order, "hops": hops},
     }
 
 

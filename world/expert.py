@@ -128,7 +128,7 @@ class Expert:
         hops = row["metadata"]["hops"]
         self.subjects = [entities[title] for title, _ in hops]
         self.relations = [relation for _, relation in hops]
-        self.is_comparison = row["metadata"]["type"] == "comparison"
+        self.is_comparison = "order" in row["metadata"]
         self.num_searches = 0
         first = f"{self.subjects[0].kind} {self.subjects[0].name}"
         if self.is_comparison:
