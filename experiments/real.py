@@ -59,6 +59,9 @@ NEEDS = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd",)}
 COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("dgpo", "kd"),
             ("ppo", "kd"), ("dgpo", "ppo"), ("kd", "teacher"), ("ppo", "teacher"))
 SETS = {"single-hop": SINGLE, "multi-hop": MULTI}
+# How an episode ends. Shown: a passage of it holds a gold answer. Own: the answer is in no passage.
+ENDS = ("right", "no action", "no answer", "shown, another", "shown, own", "not shown, another",
+        "not shown, own")
 
 
 # ---- questions ----
@@ -229,10 +232,13 @@ def prepare(data: Path, encoder: str, out: Path) -> None:
         write_lines(out / f"{part}.jsonl", map(public, parts[part]))
         counts |= {f"{part} {name}": count
                    for name, count in Counter(row["dataset"] for row in parts[part]).items()}
-        found = retriever.search([row["question"] for row in parts[part]], SHOWN)
-        hits = Counter(row["dataset"] for row, passages in zip(parts[part], found, strict=True)
-                       if hit(passages, row["golden_answers"]))
-        counts |= {f"{part} {name}, question finds an answer": hits[name] for name in hits}
+        found = retriever.search([row["question"] for row in parts[part]], FOUND)
+        for first in (SHOWN, FOUND):
+            hits = Counter(row["dataset"]
+                           for row, passages in zip(parts[part], found, strict=True)
+                           if hit(passages[:first], row["golden_answers"]))
+            counts |= {f"{part} {name}, an answer in the first {first}": hits[name]
+                       for name in hits}
     counts["train, before the rule"] = len(parts["train"])
     counts |= write_training(retriever, parts["train"], by_line, out)
     write_json(out / "split.json", {"rule": __doc__.split("Which questions train\n")[1], **counts})
@@ -268,7 +274,7 @@ def measure_row(label: str, model: Path, files: Path, encoder: str, out: Path) -
     """Arguments of Python that measure a model on the test questions, greedily."""
     return ["eval.py", *config_flags(PRESETS), "--model", str(model), "--name", label,
             "--questions", str(files / "test.jsonl"), "--dtype", "bfloat16", "--out", str(out),
-            *file_flags(files, encoder)]
+            "--episodes", *file_flags(files, encoder)]
 
 
 def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
@@ -290,10 +296,32 @@ def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
 
         def keep(values: tuple = (name, seed, model, out, record)) -> None:
             write_record(*values)
+            add_ends(out=values[3], record=values[4])
 
         jobs.append(Job(f"eval {name}", lambda command=measure: command, record,
                         (name,) if name in ROWS else (), after=keep))
     return jobs
+
+
+def end_of(row: Record, episode: Record) -> str:
+    """Which of ENDS an episode has. row: of result.jsonl; episode: of episodes.jsonl."""
+    if row["em"]:
+        return "right"
+    if row["status"] != "answered":
+        return "no action" if row["status"] == "invalid" else "no answer"
+    passages = [Passage("", "", segment["text"], 0.0) for segment in episode["segments"]
+                if segment["author"] == "environment"]
+    answer = row["answer"] or ""
+    is_theirs = normalize_answer(answer) and hit(passages, [answer])
+    return f"{'shown' if row['hit'] else 'not shown'}, {'another' if is_theirs else 'own'}"
+
+
+def add_ends(out: Path, record: Path) -> None:
+    """Add to a record how many of its test episodes have each of ENDS."""
+    pairs = zip(rows.read_lines(out / "result.jsonl"), rows.read_lines(out / "episodes.jsonl"),
+                strict=True)
+    counts = Counter(end_of(*pair) for pair in pairs)
+    write_json(record, {**rows.read_json(record), "ends": {end: counts[end] for end in ENDS}})
 
 
 # ---- report ----
@@ -312,10 +340,13 @@ def report(records: Path) -> str:
                       f"{run['average']['answered']:.3f}", f"{run['average']['searches']:.2f}",
                       str(run.get("num_steps", "-")), f"{run.get('train_s', 0):.0f}",
                       f"{max(run.get('peak_gib', {'': 0}).values()):.1f}"])
+    ends = [["", *ENDS]] + [[run["name"], *(str(run["ends"][end]) for end in ENDS)]
+                            for run in runs if "ends" in run]
     return "\n\n".join([
         "Exact match, greedy, test questions\n\n" + evaluation.table(runs),
         "Exact match, mean over the sets of a kind\n\n" + evaluation.align(kinds),
-        "\n".join(difference_lines(runs_of))])
+        "\n".join(difference_lines(runs_of)),
+        "How test episodes end, questions\n\n" + evaluation.align(ends)])
 
 
 def difference_lines(runs_of: dict[str, list[Record]]) -> Iterator[str]:

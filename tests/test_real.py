@@ -234,6 +234,32 @@ def test_an_asked_row_brings_the_rows_that_it_needs(tmp_path):
     assert flag(jobs["eval kd"].command(), "--model") == "kd-0"
     assert flag(jobs["eval student"].command(), "--model") == "student"
     assert jobs["eval kd"].done.name == "kd-0.json"
+    assert "--episodes" in jobs["eval kd"].command()  # how they end is counted
+
+
+# ---- how episodes end ----
+
+
+@pytest.mark.parametrize(("row", "end"), [
+    ({"em": 1.0, "hit": 1.0, "status": "answered", "answer": "seven"}, "right"),
+    ({"em": 0.0, "hit": 0.0, "status": "invalid", "answer": None}, "no action"),
+    ({"em": 0.0, "hit": 1.0, "status": "max_turns", "answer": None}, "no answer"),
+    ({"em": 0.0, "hit": 1.0, "status": "answered", "answer": "The Six"}, "shown, another"),
+    ({"em": 0.0, "hit": 1.0, "status": "answered", "answer": "nine"}, "shown, own"),
+    ({"em": 0.0, "hit": 0.0, "status": "answered", "answer": "six"}, "not shown, another"),
+    ({"em": 0.0, "hit": 0.0, "status": "answered", "answer": "the"}, "not shown, own"),  # no word
+])
+def test_an_episode_ends_in_one_of_seven_ways(tmp_path, row, end):
+    segments = [{"author": "environment", "text": "it is six or seven"},
+                {"author": "agent", "text": "nine"}]
+    assert real.end_of(row, {"segments": segments}) == end
+    write_rows(tmp_path / "result.jsonl", [row] * 2)
+    write_rows(tmp_path / "episodes.jsonl", [{"segments": segments}] * 2)
+    real.write_json(tmp_path / "record.json", {"row": "kd", "correct": {"nq": "01"}})
+    real.add_ends(tmp_path, tmp_path / "record.json")
+    record = real.rows.read_json(tmp_path / "record.json")
+    assert record["correct"] == {"nq": "01"}
+    assert record["ends"] == {name: 2 * (name == end) for name in real.ENDS}
 
 
 # ---- report ----
@@ -248,6 +274,15 @@ def test_the_report_of_the_records_says_what_the_page_says():
         assert f"| {' | '.join(cells)} |" in page, cells
     for low, high in re.findall(r"average \[([+-][\d.]+), ([+-][\d.]+)\]", text):
         assert f"[{low}, {high}]" in page
+
+
+def test_the_page_s_counts_of_failures_are_those_of_the_records():
+    page = PAGE.read_text(encoding="utf-8")
+    ends = [json.loads((RECORDS / f"{name}-0.json").read_text())["ends"]
+            for name in ("student", *real.ROWS)]
+    assert all(sum(counts.values()) == 773 for counts in ends)
+    for end in real.ENDS:
+        assert f"| {' | '.join(str(counts[end]) for counts in ends)} |" in page, end
 
 
 def test_a_kind_of_sets_is_the_mean_of_its_sets():
