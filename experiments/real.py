@@ -311,8 +311,7 @@ def end_of(row: Record, episode: Record) -> str:
         return "no action" if row["status"] == "invalid" else "no answer"
     passages = [Passage("", "", segment["text"], 0.0) for segment in episode["segments"]
                 if segment["author"] == "environment"]
-    answer = row["answer"] or ""
-    is_theirs = normalize_answer(answer) and hit(passages, [answer])
+    is_theirs = hit(passages, [row["answer"] or ""])
     return f"{'shown' if row['hit'] else 'not shown'}, {'another' if is_theirs else 'own'}"
 
 
