@@ -80,6 +80,8 @@ ROWS = {
         flags=("--kl-where", "all", "--kl-in", "exact"),
     ),
 }
+MEASURED_AT_EVERY = ("bard", "guided")
+COMPARED = {"bard": ("agnostic", "sft", "rl", "additive", "guided"), "guided": ("sft",)}
 STARTS = {"sft-teacher": TRAILS / "teacher"}  # the rows that do not begin from the student
 CURVE = (
     "eval/score", "eval/adherence", "rollout/score", "rollout/reward", "rollout/thinking",
@@ -129,11 +131,11 @@ def row_job(runs: Path, name: str, seed: int) -> Job:
 
 
 def measure_jobs(runs: Path, records: Path, name: str, seed: int) -> list[Job]:
-    """Measure a row at nine budgets, BARD at all of its trained ones as well; then record it."""
+    """Measure a row at nine budgets, and those of MEASURED_AT_EVERY at all trained ones."""
     model, out = runs / f"{name}-{seed}", runs / f"eval-{name}-{seed}"
     record = records / f"{name}-{seed}.json"
     jobs, needs = [], (f"{name} {seed}",)
-    if name == "bard":
+    if name in MEASURED_AT_EVERY:
         all_trained = tomllib.loads((ROOT / "configs" / "bard.toml").read_text())["bard"]["budgets"]
         every = out_of_every(out)
         command = measure_command(name, model, every, all_trained, NUM_QUESTIONS_EVERY)
@@ -203,15 +205,18 @@ def report(records: Path) -> str:
     lines = []
     for key, title in TITLES.items():
         lines += [f"{title}; * never trained on\n", budget_table(runs_of, key), ""]
-    lines += [summary_table(runs_of), "", *every_budget_lines(runs_of.get("bard", []))]
+    lines += [summary_table(runs_of), ""]
+    for name in MEASURED_AT_EVERY:
+        lines += every_budget_lines(ROWS[name].label, runs_of.get(name, []))
     lines.append(
         "Accuracy with a hard stop: differences; ! the paired 95 % interval over questions "
         "excludes 0\n"
     )
-    for other in ("agnostic", "sft", "rl", "additive", "guided"):
-        if common_seeds(runs_of.get("bard", []), runs_of.get(other, [])):
-            text = accuracy_differences(runs_of["bard"], runs_of[other])
-            lines.append(f"BARD > {ROWS[other].label}: {text}")
+    for name, others in COMPARED.items():
+        for other in others:
+            if common_seeds(runs_of.get(name, []), runs_of.get(other, [])):
+                text = accuracy_differences(runs_of[name], runs_of[other])
+                lines.append(f"{ROWS[name].label} > {ROWS[other].label}: {text}")
     return "\n".join(lines)
 
 
@@ -256,8 +261,8 @@ def summary_table(runs_of: dict[str, list[Record]]) -> str:
     return align(lines)
 
 
-def every_budget_lines(runs: Sequence[Record]) -> Iterator[str]:
-    """BARD's adherence at all of its trained budgets: mean, least, and those below 0.95."""
+def every_budget_lines(label: str, runs: Sequence[Record]) -> Iterator[str]:
+    """A row's adherence at all trained budgets: mean, least, and those below 0.95."""
     adherences = [run["every_adherence"] for run in runs if "every_adherence" in run]
     if not adherences:
         return
@@ -267,7 +272,7 @@ def every_budget_lines(runs: Sequence[Record]) -> Iterator[str]:
     values = [*means.values()]
     below = [f"{budget} {mean:.3f}" for budget, mean in means.items() if mean < 0.95]
     yield (
-        f"BARD's adherence at each of its {len(means)} trained budgets, {NUM_QUESTIONS_EVERY} "
+        f"{label}: adherence at each of its {len(means)} trained budgets, {NUM_QUESTIONS_EVERY} "
         f"questions a seed: mean {np.mean(values):.3f}, least {min(values):.3f}; below 0.95: "
         f"{', '.join(below) or 'none'}\n"
     )
