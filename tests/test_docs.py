@@ -453,6 +453,20 @@ def test_the_table_of_real_questions_has_the_numbers_of_its_records():
         assert shown == [f"{values['em']:.3f}" for values in measured], label
 
 
+def test_the_table_of_the_guided_bard_has_the_numbers_of_its_records():
+    page, folder = ROOT / "docs/bard.md", ROOT / "docs/results/bard-guided"
+    names = {"SFT only": "sft", "SFT of the teacher, the guide": "sft-teacher",
+             "BARD": "bard", "BARD, guided": "guided"}
+    rows = table_rows(page, "Records: [results/bard-guided/](results/bard-guided).")
+    assert [row[0] for row in rows] == [*names]
+    for label, *shown in rows:
+        runs = [json.loads(text_of(path)) for path in folder.glob(f"{names[label]}-?.json")]
+        means = [statistics.mean(run["budgets"][budget]["adherence"] for run in runs)
+                 for budget in ("38", "64", "128", "256", "384", "48", "96", "192", "288")]
+        means.append(statistics.mean(run["spearman"] for run in runs))
+        assert [float(cell) for cell in shown] == pytest.approx(means, abs=6e-4), label
+
+
 # ---- language ----
 
 
