@@ -183,7 +183,7 @@ def as_record(episode: Episode) -> dict[str, Any]:
     record = {
         "id": question.id, "question": question.question, "answer": episode.answer,
         "status": episode.status, "queries": episode.queries,
-        "passages": [{"id": p.id, "title": p.title, "text": p.text} for p in passages],
+        "passages": [{"id": p.id, "title": p.name, "text": p.text} for p in passages],
     }  # fmt: skip
     return record | ({"score": episode.score} if question.golden_answers else {})
 

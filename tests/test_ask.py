@@ -78,10 +78,12 @@ def test_an_answer_as_json_says_what_it_rests_on(tokenizer, capsys):
     assert row["trace"] == episode_text(episode, tokenizer) and row["seconds"] >= 0
     assert row["passages"] and row["passages"][0].keys() == {"id", "title", "text"}
     assert "score" not in row and row["question"] == "ask-a"
-    passage = Passage("7", "T", "x", 0.5)
+    passage = Passage("7", '"T"', "x", 0.5)
     known = Episode(Question("a", "b", ("gold",), "c"), [], "answered", "gold",
                     passages=[[passage], [passage]])  # fmt: skip
-    assert as_record(known)["score"] == 1.0 and len(as_record(known)["passages"]) == 1
+    record = as_record(known)
+    assert record["score"] == 1.0
+    assert record["passages"] == [{"id": "7", "title": "T", "text": "x"}]
 
 
 # ---- a chat ----
