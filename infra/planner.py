@@ -268,7 +268,8 @@ def assumptions(settings: Any, shapes: Shapes, machine: Machine, episodes: Episo
     origin = "measured now" if settings.plan == "here" else "sustained, never measured here"
     lines = [
         f"{flops}; {machine.bandwidth / 1e9:.3g} GB/s of memory; {1e3 * machine.layer_s:.2g} ms of "
-        f"the host for a layer of a decoding step ({origin})",
+        f"the host for a layer of a {'prefill' if machine.kind == 'cuda' else 'decoding step'} "
+        f"({origin})",
         f"an episode has {episodes.tokens:.0f} tokens: a prompt of {episodes.prompt:.0f}, "
         f"{episodes.searches:.2g} searches that show {episodes.shown:.0f} each, "
         f"{episodes.written:.0f} of the agent's; {episodes.wrong:.0%} are wrong "
