@@ -6,10 +6,11 @@
 
 A cell is a start and a form. Starts: the plain student, and that student after some epochs of KD.
 Forms: no KL; Eq. 4's reward on wrong episodes, as published; the exact KL on wrong episodes, and on
-all. Beside the cells stand the other rows of the paper that reinforce. All run for the same number
-of steps and episodes. They are tuned as the rows of experiments/reproduce.py are: the first seed
-runs at two learning rates, and the run that answers more development questions stays and gives the
-other seeds' rate.
+all. Beside the cells stand the other rows of the paper that reinforce, but for PPO, which is the
+plain student without a KL; and the exact KL to a teacher that PPO has made better. All run for the
+same number of steps and episodes. They are tuned as the rows of experiments/reproduce.py are: the
+first seed runs at two learning rates, and the run that answers more development questions stays and
+gives the other seeds' rate.
 """
 
 import sys
@@ -40,18 +41,20 @@ ORDERINGS = (("exact", "uniform"), ("exact", "none"), ("exact", "reward"), ("rew
 # The paper's other rows, in this regime. Its DGPO is kd1-exact here, and the ablations of Table 6
 # are plain-exact (a), kd1-uniform (b) and kd1-none (c).
 OTHERS = {
-    "ppo": Row("PPO", "ppo", rates=RATES),
     "grpo": Row("GRPO", "grpo", rates=RATES),
     "seqkd1": Row("SeqKD, 1 epoch", presets=("seqkd",), flags=("--epochs", "1"), rates=(1.0,)),
     "sft-ppo": Row("SFT -> PPO", presets=("sft-ppo",), begins="seqkd1", rates=RATES),
-    "ppo-kd": Row("(d) PPO -> KD", presets=("ppo-kd",), begins="ppo", flags=("--epochs", "1"),
-                  rates=(1.0,)),
+    "ppo-kd": Row("(d) PPO -> KD", presets=("ppo-kd",), begins="plain-none",
+                  flags=("--epochs", "1"), rates=(1.0,)),
     "kd1-grpo": Row("kd1, exact, wrong, GRPO", presets=("dgpo-grpo",), begins="kd1",
                     rates=RATES),
+    "teacher-ppo": Row("Teacher, PPO", "ppo", begins="teacher", rates=RATES[:1]),
+    "kd1-exact-better": Row("kd1, exact, wrong, better teacher", "dgpo", flags=FORMS["exact"][1],
+                            rates=RATES, begins="kd1", teacher="teacher-ppo"),
 }
 PAPER_ORDERINGS = [("kd1-exact", row) for row in (
-    "kd1", "ppo", "grpo", "sft-ppo", "plain-exact", "ppo-kd", "kd1-grpo")]
-PAPER_ORDERINGS += [("plain-exact", "ppo"), ("sft-ppo", "ppo")]
+    "kd1", "plain-none", "grpo", "sft-ppo", "plain-exact", "ppo-kd", "kd1-grpo")]
+PAPER_ORDERINGS += [("sft-ppo", "plain-none"), ("kd1-exact-better", "kd1-exact")]
 CURVES = ("plain-exact", "kd1-none", "kd1-reward", "kd1-exact", "kd1-uniform",
           "kd1-grpo")
 
