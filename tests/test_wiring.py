@@ -663,7 +663,7 @@ class Shelf:
 
 def test_the_expert_stops_searching_in_time(entities):
     rows = read_jsonl(WORLD / "questions" / "musique.jsonl")
-    rows = [row for row in rows if len(row["metadata"]["hops"]) == 3][:30]
+    rows = [row for row in rows if len(row["hops"]) == 3][:30]
     wrong = next(title for title, entity in entities.items() if entity.kind == "company")
     counts = set()
     for seed in range(4):
@@ -675,10 +675,10 @@ def test_the_expert_stops_searching_in_time(entities):
 def test_the_expert_believes_what_it_read(entities):
     """A wrong passage for the first hop is followed, and not what the question means."""
     rows = read_jsonl(WORLD / "questions" / "train.jsonl")
-    rows = [r for r in rows if r["dataset"] == "hotpotqa" and "order" not in r["metadata"]][:60]
+    rows = [r for r in rows if r["dataset"] == "hotpotqa" and "order" not in r][:60]
     names, num_misled = by_name(entities.values()), 0
     for row in rows:
-        (title, _), (following, _) = row["metadata"]["hops"]
+        (title, _), (following, _) = row["hops"]
         first = entities[title]
         wrong = next(e for e in names[first.name] if e.title != title)
 

@@ -120,21 +120,21 @@ def test_question_files_are_read_by_data_and_ids_are_unique():
 def test_no_training_question_knows_an_entity_of_the_test_half(entities, rows, test_names):
     assert not test_names & {entity.name for entity in entities.values() if entity.split == "train"}
     for row in rows["train"]:
-        titles = [title for title, _ in row["metadata"]["hops"]]
+        titles = [title for title, _ in row["hops"]]
         texts = [row["question"], *row["golden_answers"], *titles]
         assert not any(name in text for name in test_names for text in texts), row
     for style in STYLES:
         for row in rows[style]:
-            assert all(entities[title].split == "test" for title, _ in row["metadata"]["hops"])
+            assert all(entities[title].split == "test" for title, _ in row["hops"])
 
 
 def test_every_question_is_answered_by_its_chain_of_passages(entities, contents, rows):
     for row in (row for name in FILES for row in rows[name]):
-        metadata, hops = row["metadata"], row["metadata"]["hops"]
+        hops = row["hops"]
         assert entities[hops[0][0]].name in row["question"]
-        if "order" in metadata:
+        if "order" in row:
             years = {entities[title].name: int(entities[title].facts["year"]) for title, _ in hops}
-            pick = min if metadata["order"] == "first" else max
+            pick = min if row["order"] == "first" else max
             assert row["golden_answers"] == [pick(years, key=years.__getitem__)]
             continue
         for (title, relation), (following, _) in zip(hops, hops[1:], strict=False):
@@ -172,7 +172,7 @@ def test_development_questions_are_new_have_all_styles_and_ask_about_the_trainin
     assert {row["dataset"] for row in development} == set(STYLES)
     for key in ("question", "id"):
         assert not {row[key] for row in development} & {row[key] for row in rows["train"]}
-    titles = {title for row in development for title, _ in row["metadata"]["hops"]}
+    titles = {title for row in development for title, _ in row["hops"]}
     assert {entities[title].split for title in titles} == {"train"}
 
 
@@ -254,7 +254,7 @@ def test_the_expert_is_right_when_every_search_brings_its_passage(entities, cont
     assert [episode["score"] for episode in episodes] == [1.0] * len(chosen)
     for row, episode in zip(chosen, episodes, strict=True):
         texts = agent_texts(episode)
-        assert len(texts) == len(row["metadata"]["hops"]) + 1
+        assert len(texts) == len(row["hops"]) + 1
         kinds = [parse_action(text).kind for text in texts]
         assert kinds == ["search"] * (len(texts) - 1) + ["answer"]
         assert parse_action(texts[-1]).content == episode["answer"]
@@ -277,8 +277,8 @@ def test_the_expert_of_qagent_plans_asks_several_queries_and_reflects(entities, 
 
 
 def test_the_expert_that_never_sees_its_passage_gives_up_within_the_limit(entities, contents, rows):
-    row = next(row for row in rows["train"] if row["metadata"]["hops"][0][1] == "author")
-    wanted = row["metadata"]["hops"][0][0]
+    row = next(row for row in rows["train"] if row["hops"][0][1] == "author")
+    wanted = row["hops"][0][0]
     name = entities[wanted].name
     namesakes = [title for title in entities if entities[title].name == name and title != wanted]
     shelf = Shelf(lambda words: namesakes[:1], contents)
@@ -297,8 +297,8 @@ def test_an_expert_who_knows_a_kind_by_heart_mostly_notes_its_facts_without_a_se
     entities, contents, rows
 ):
     row = next(row for row in rows["train"]
-               if row["dataset"] == "hotpotqa" and "order" not in row["metadata"])
-    (first, _), (second, relation) = row["metadata"]["hops"]
+               if row["dataset"] == "hotpotqa" and "order" not in row)
+    (first, _), (second, relation) = row["hops"]
     shelf, kind = all_namesakes(entities, contents), entities[second].kind
     assert entities[first].kind != kind
     recalled = 0

@@ -173,7 +173,7 @@ def query_hit_rates(seed: int = SEED) -> None:
             chosen = [
                 row
                 for row in rows
-                if row["dataset"] == source and len(row["metadata"]["hops"]) > hop
+                if row["dataset"] == source and len(row["hops"]) > hop
             ]
             if not chosen:
                 continue
@@ -181,7 +181,7 @@ def query_hit_rates(seed: int = SEED) -> None:
             for wording in WORDINGS:
                 titles, queries = [], []
                 for row in chosen:
-                    title, relation = row["metadata"]["hops"][hop]
+                    title, relation = row["hops"][hop]
                     target = Target(entities[title].name, entities[title].kind, relation)
                     question = row["question"] if source in SINGLE_HOP else ""
                     titles.append(title)

@@ -409,7 +409,7 @@ def chain_question(
     return {
         "question": question,
         "golden_answers": [entity.facts[relation]],
-        "metadata": {"hops": path},
+        "hops": path,
     }
 
 
@@ -441,7 +441,8 @@ def compare_question(pool: list[Entity], style: str, rng: random.Random) -> dict
     return {
         "question": question,
         "golden_answers": [answer],
-        "metadata": {"order": order, "hops": hops},
+        "order": order,
+        "hops": hops,
     }
 
 
@@ -465,7 +466,7 @@ def make_questions(
             if style == "musique" and rng.random() < 0.2:
                 num_hops = 3
             row = chain_question(entities, rng.choice(pool), num_hops, style, rng)
-            names = [entities[title].name for title, _ in row["metadata"]["hops"]]
+            names = [entities[title].name for title, _ in row["hops"]]
             if len({*names, *row["golden_answers"]}) <= len(names):
                 continue
         rows.setdefault(row["question"], row)

@@ -125,10 +125,10 @@ class Expert:
     ) -> None:
         self.row, self.entities, self.rng, self.protocol = row, entities, rng, protocol
         self.known = known  # kinds of entities that it knows by heart
-        hops = row["metadata"]["hops"]
+        hops = row["hops"]
         self.subjects = [entities[title] for title, _ in hops]
         self.relations = [relation for _, relation in hops]
-        self.is_comparison = "order" in row["metadata"]
+        self.is_comparison = "order" in row
         self.num_searches = 0
         first = f"{self.subjects[0].kind} {self.subjects[0].name}"
         if self.is_comparison:
@@ -241,7 +241,7 @@ class Expert:
         names = [subject.name for subject in self.subjects]
         if len(values) < 2 or not all(value.isdigit() for value in values):
             return names[0]
-        order = self.row["metadata"]["order"]
+        order = self.row["order"]
         pick = min if order == "first" else max
         _, answer = pick(zip(values, names, strict=True))
         comparison = f" and {names[0]} {values[0]} , {order} is {answer}"

@@ -135,7 +135,7 @@ def chain_to_read(
     num_hops = rng.choice((2, 2, 3))
     row = chain_question(entities, start, num_hops, rng.choice(MULTI_HOP), rng)
     turns = []
-    for title, relation in row["metadata"]["hops"]:
+    for title, relation in row["hops"]:
         turns.append(Turn(document(contents[title]), _note_line(entities[title], relation)))
     turns[0] = Turn(f"Question: {row['question']}\n{turns[0].shown}", turns[0].told)
     answer = f"Answer: {row['golden_answers'][0]}\n"
@@ -293,7 +293,7 @@ def passages_for(
     They come from one search for the question, or from searches for each hop in several wordings.
     A passage that these did not bring is added with a chance of 0.7. shelf: all passages by title.
     """
-    hops = row["metadata"]["hops"]
+    hops = row["hops"]
     question = row["question"] if len(hops) == 1 else ""
     queries = []
     for title, relation in hops:
@@ -323,7 +323,7 @@ def reading_row(
     """A generator's prompt with these passages, and the answer that it should give."""
     shown = {passage.name: passage for passage in passages}
     lines, answer = [], row["golden_answers"][0]
-    for title, relation in row["metadata"]["hops"]:
+    for title, relation in row["hops"]:
         entity = entities[title]
         if title not in shown:
             lines.append(f"no {entity.kind} {entity.name} here")
