@@ -6,11 +6,11 @@
 Training curves are drawn by `eval.py plot`.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.rows import read_json
 from infra.cli import Parser, reporting
 from infra.curves import legend_labels, load_pyplot, save
 
@@ -20,7 +20,7 @@ def plot_budgets(paths: Sequence[str | Path], out: str | Path) -> None:
 
     paths: budgets.json of `bard.py measure`; several of a name (seeds) share a colour.
     """
-    results = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    results = [read_json(Path(path)) for path in paths]
     names = list(dict.fromkeys(result["name"] for result in results))
     figure, axes = load_pyplot().subplots(1, 2, figsize=(9, 3.6))
     panels = {"accuracy": "accuracy, hard stop", "length": "tokens thought"}

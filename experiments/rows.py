@@ -26,6 +26,7 @@ from settings import TrainSettings
 
 SEEDS = (0, 1, 2)
 DEFAULTS = asdict(TrainSettings())
+TABLES = {"sets", "budgets"}  # keys of a record with the same measures for each set or budget
 CURVE_POINTS = 60  # of a recorded curve, about
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
@@ -74,6 +75,10 @@ def train_command(
 
 def read_json(path: Path) -> Record:
     record = json.loads(path.read_text(encoding="utf-8"))
+    for key in TABLES & set(record):
+        if columns := record[key].pop("columns", None):
+            record[key] = {name: dict(zip(columns, values, strict=True))
+                           for name, values in record[key].items()}
     if "correct" in record:
         record["correct"] = converted(record["correct"], lambda text: f"{int(text, 16):b}"[1:])
     return record
@@ -94,11 +99,18 @@ def read_lines(path: Path) -> list[Record]:
 def write_json(path: Path, record: Record) -> None:
     """Write a record. Paths are made relative to the repository: it is read on other machines.
 
-    "correct", a digit a question, becomes hexadecimal, a quarter as long, after a 1 in front.
+    "correct", a digit a question, becomes hexadecimal, a quarter as long, after a 1 in front. The
+    measures of each set or budget become a row of numbers, with the names of the columns once.
     """
+    record = {**record}
+    for key in TABLES & set(record):
+        columns = [*next(iter(record[key].values()))]
+        if all([*measures] == columns for measures in record[key].values()):
+            record[key] = {"columns": columns} | {
+                name: [*measures.values()] for name, measures in record[key].items()}
     if "correct" in record:
         bits = converted(record["correct"], lambda text: f"{int('1' + text, 2):x}")
-        record = {**record, "correct": bits}
+        record["correct"] = bits
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")).replace(f"{ROOT}/", "")
     write_aside(path, lambda partial: partial.write_text(text + "\n"))

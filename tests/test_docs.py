@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.rows import read_json
 from infra import cli
 from settings import TrainSettings
 
@@ -366,7 +367,7 @@ def recorded_averages() -> dict[str, list[float]]:
     """Label of a row in the tables -> its average exact match for each seed."""
     averages: dict[str, list[float]] = {}
     for path in sorted(RECORDS.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         averages.setdefault(record["name"], []).append(record["average"]["em"])
     return averages
 
@@ -378,7 +379,7 @@ def mean(label: str) -> str:
 def guidance_mean(row: str) -> str:
     paths = sorted((RECORDS.parent / "guidance").glob(f"{row}-[0-9].json"))
     assert len(paths) == 3
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    records = [read_json(path) for path in paths]
     return f"{statistics.mean(record['average']['em'] for record in records):.3f}"
 
 
@@ -448,7 +449,7 @@ def test_the_table_of_real_questions_has_the_numbers_of_its_records():
     table = table_rows(README, "<!-- real table -->")
     assert [row[0] for row in table] == [*labels]
     for label, *shown in table:
-        record = json.loads(text_of(ROOT / f"docs/results/real/{labels[label]}-0.json"))
+        record = read_json(ROOT / f"docs/results/real/{labels[label]}-0.json")
         measured = [*record["sets"].values(), record["average"]]
         assert shown == [f"{values['em']:.3f}" for values in measured], label
 
@@ -460,7 +461,7 @@ def test_the_table_of_the_guided_bard_has_the_numbers_of_its_records():
     rows = table_rows(page, "Records: [results/bard-guided/](results/bard-guided).")
     assert [row[0] for row in rows] == [*names]
     for label, *shown in rows:
-        runs = [json.loads(text_of(path)) for path in folder.glob(f"{names[label]}-?.json")]
+        runs = [read_json(path) for path in folder.glob(f"{names[label]}-?.json")]
         means = [statistics.mean(run["budgets"][budget]["adherence"] for run in runs)
                  for budget in ("38", "64", "128", "256", "384", "48", "96", "192", "288")]
         means.append(statistics.mean(run["spearman"] for run in runs))

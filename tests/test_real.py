@@ -15,6 +15,7 @@ import pytest
 from data import Passage, hit, normalize_answer
 from experiments import real
 from experiments.jobs import ROOT
+from experiments.rows import read_json
 from infra.files import read_rows
 from tests.support.mini import write_rows
 
@@ -289,7 +290,7 @@ def test_a_kind_of_sets_is_the_mean_of_its_sets():
     lines = real.report(RECORDS).split("\n\n")[3].splitlines()
     assert lines[0].split()[:2] == ["single-hop", "multi-hop"]
     kd = next(re.split(r"  +", line) for line in lines if line.startswith("KD"))
-    sets = json.loads((RECORDS / "kd-0.json").read_text())["sets"]
+    sets = read_json(RECORDS / "kd-0.json")["sets"]
     assert float(kd[1]) == pytest.approx((sets["nq"]["em"] + sets["triviaqa"]["em"]) / 2, abs=5e-4)
     assert float(kd[2]) == pytest.approx(
         sum(sets[name]["em"] for name in real.MULTI) / 4, abs=5e-4)
@@ -308,7 +309,7 @@ def test_the_real_questions_are_split_as_the_page_says(real_data):
     parts = real.split_questions(real.read_questions(real_data))
     counts = {name: sum(row["dataset"] == name for row in parts["test"])
               for name in (*real.SINGLE, *real.MULTI)}
-    sets = json.loads((RECORDS / "kd-0.json").read_text())["sets"]
+    sets = read_json(RECORDS / "kd-0.json")["sets"]
     assert counts == {name: row["n"] for name, row in sets.items()}
     test = {normalize_answer(row["question"]) for row in parts["test"]}
     assert len(test) == len(parts["test"]) == 773

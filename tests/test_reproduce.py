@@ -397,6 +397,18 @@ def test_a_record_names_files_as_seen_from_the_repository(tmp_path):
     assert read_json(tmp_path / "a.json") == {"argv": ["runs/kd", "--seed"]}
 
 
+@pytest.mark.parametrize("key", ["sets", "budgets"])
+def test_a_record_has_the_names_of_its_measures_once(tmp_path, key):
+    record = {key: {"a": {"em": 0.5, "n": 2}, "b": {"em": 0.25, "n": 4}}}
+    write_json(tmp_path / "a.json", record)
+    text = (tmp_path / "a.json").read_text()
+    assert text == f'{{"{key}":{{"columns":["em","n"],"a":[0.5,2],"b":[0.25,4]}}}}\n'
+    assert read_json(tmp_path / "a.json") == record
+    uneven = {key: {"a": {"em": 0.5}, "b": {"n": 4}}}
+    write_json(tmp_path / "b.json", uneven)
+    assert read_json(tmp_path / "b.json") == uneven == json.loads((tmp_path / "b.json").read_text())
+
+
 def test_a_tuning_run_is_kept_with_its_average_on_development_questions(tmp_path):
     folder = tmp_path / "run"
     write_run(folder, {"phase": "kd", "kd_lr": 4e-3}, [{"step": 1}, {"step": 2}])
