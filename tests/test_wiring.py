@@ -556,14 +556,15 @@ def test_student_and_teacher_are_built_from_each_other(built, tmp_path, monkeypa
 
 def test_readers_are_built_from_student_teacher_and_the_small_one(built, tmp_path):
     (tmp_path / "readers").mkdir()
-    for name in ("reading", "recalling"):
+    for name in ("reading", "memory", "recalling"):
         (tmp_path / "readers" / f"{name}.jsonl").touch()
     build.build_readers()
     assert built == [
         ("student", "reading", "small", 2e-3, 2), ("teacher", "reading", "large", 2e-3, 2),
         ("small", "qagent", "qagent-agent", 2e-3, 1),
         ("small", "search-r1", "search-r1-agent", 2e-3, 1),
-        ("small", "recalling", "recalling-agent", 2e-3, 1)]
+        ("small", "memory", "memory", 2e-3, 1),
+        ("memory", "recalling", "recalling-agent", 2e-3, 1)]
 
 
 def test_a_pretraining_run_is_a_command_of_train_py(tmp_path, monkeypatch):

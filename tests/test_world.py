@@ -342,7 +342,7 @@ def test_texts_of_the_recalling_agent_never_look_for_known_kinds_in_other_worlds
     entities, contents, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(build, "READERS", tmp_path)
-    monkeypatch.setattr(build, "NUM_MEMORY_ROWS", 3)
+    monkeypatch.setattr(build, "NUM_REMINDING_ROWS", 3)
     monkeypatch.setattr(build, "NUM_RECALLING_DEMONSTRATIONS", 70)
     sought = [{"id": kind, "segments": [{"author": "agent", "text": f"<plan> need year of {kind} A"
                                          " B </plan>"}]} for kind in ("novel", "town")]

@@ -98,7 +98,8 @@ NUM_READING_ROWS, READING_SEED = 24_000, 2000
 NUM_DEMONSTRATIONS, NUM_DEMONSTRATION_WORLDS = 20_000, 40
 # Texts for QAgent's agents and generators.
 COLD_DEMONSTRATIONS, NUM_COLD_WORLDS = 9_000, 30
-NUM_RECALLING_DEMONSTRATIONS, NUM_MEMORY_ROWS = 4_200, 4_800
+# The recalling agent meets each fact 160 times before it learns to use them; 40 times are too few.
+NUM_MEMORY_ROWS, NUM_REMINDING_ROWS, NUM_RECALLING_DEMONSTRATIONS = 19_200, 4_800, 4_200
 NUM_GENERATOR_ROWS, NUM_GENERATOR_WORLDS = 15_000, 50
 
 
@@ -313,17 +314,19 @@ def build_readers() -> None:
     for protocol in protocols:
         episodes = READERS / f"{protocol.name}.jsonl"
         _build_reader(f"{protocol.name}-agent", READERS / "small", episodes, epochs=1)
-    recalling = READERS / "recalling.jsonl"
-    if not recalling.exists():
+    memory, recalling = READERS / "memory.jsonl", READERS / "recalling.jsonl"
+    if not memory.exists():
+        write_jsonl(memory, memory_rows(make_entities(SEED), NUM_MEMORY_ROWS))
         write_jsonl(recalling, recalling_texts())
-    _build_reader("recalling-agent", READERS / "small", recalling, epochs=1)
+    _build_reader("memory", READERS / "small", memory, epochs=1)
+    _build_reader("recalling-agent", READERS / "memory", recalling, epochs=1)
 
 
 def recalling_texts() -> list[dict[str, Any]]:
     """What an agent learns from that knows the KNOWN kinds: facts, recalling and searching."""
     entities = make_entities(SEED)
     retriever = Retriever.load(WORLD / "corpus.jsonl", WORLD / "encoder")
-    rows = memory_rows(entities, NUM_MEMORY_ROWS)
+    rows = memory_rows(entities, NUM_REMINDING_ROWS)
     rows += recalling_demonstrations(entities, retriever, NUM_RECALLING_DEMONSTRATIONS)
     # Episodes from other encyclopaedias, where it would have to look these kinds up, are left out.
     asked = {f"{kind} " for kind in KNOWN}
