@@ -1,0 +1,264 @@
+"""Indexes as they grow: seconds to build, bytes on disk and in memory, milliseconds a query.
+
+    python -m experiments.scale --rows 10000 100000 1000000 --out scale.json
+    python -m experiments.scale --rows 10000000 --width 384 --kinds flat sq8 ivf --out scale.json
+
+Ours are the kinds of `retriever.py build`; ivf and ivfpq are measured without the vectors, from
+which a search would compare its best again. The peers are raw faiss, hnswlib and usearch, where
+they are installed. The vectors are random, so nothing is said of recall (`retriever.py compare`).
+Each index is built and searched in a process of its own; what --out holds is not measured again.
+
+What the numbers are. Build is from vectors on disk to an index on disk. Disk is what a search
+opens. Open is the memory of a process once an index is open; searched, its peak until all batches
+are searched, what lies in files that are mapped included. Times are medians over repeats of a
+batch.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from experiments.jobs import ROOT
+from experiments.rows import write_json
+from formats.indexes import FaissIndex, faiss_module, read_vectors
+from infra.cli import Parser, reporting
+from infra.files import read_json
+from infra.programs import count
+from retrieval import build
+from retrieval.compare import BATCHES, disk_bytes, milliseconds
+from retriever import TorchIndex
+
+OURS = ("flat", "sq8", "ivf", "ivfpq")
+PEERS = ("faiss flat", "faiss ivf", "hnswlib", "usearch")
+TOP_K = 3
+PART = 2**16  # vectors that are made, changed or added at once
+LINKS, EFFORT = 16, 100  # of a graph: neighbours of a vector, candidates while it is added
+Search = Callable[[torch.Tensor], Any]  # queries [B, D] -> anything
+
+
+def write_vectors(path: Path, rows: int, width: int) -> None:
+    """Random vectors [N, D] of about unit length, float16."""
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype="float16", shape=(rows, width))
+    generator = torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, rows, PART), desc="vectors", delay=2):
+        part = vectors[start : start + PART]
+        part[:] = torch.randn(part.shape, generator=generator).mul_(width**-0.5).half().numpy()
+    vectors.flush()
+
+
+# ---- building: what a kind makes of vectors, in a folder ----
+
+
+def build_ours(kind: str, vectors: np.ndarray, folder: Path) -> None:
+    facts = {"rows": len(vectors), "dim": vectors.shape[1], "dtype": "float16",
+             "factory": build.factory_text(kind, *vectors.shape)}
+    if kind == "sq8":
+        codes, scales = build.open_vectors(folder, {**facts, "dtype": "int8"}, "w+")
+        for start in range(0, len(vectors), PART):
+            rows = slice(start, start + PART)
+            codes[rows], scales[rows] = build.to_int8(torch.from_numpy(vectors[rows].astype("f")))
+        codes.flush()
+    elif kind == "flat":
+        shutil.copy(vectors.filename, folder / "embeddings.npy")
+    else:
+        build.add_index(faiss_module(), folder, facts, vectors, None)
+
+
+def build_peer(kind: str, vectors: np.ndarray, folder: Path) -> None:
+    size, path = {"max_elements": len(vectors), "M": LINKS, "ef_construction": EFFORT}, "index"
+    if kind == "hnswlib":
+        index = import_module("hnswlib").Index("ip", vectors.shape[1])
+        index.init_index(**size)
+        index.set_num_threads(torch.get_num_threads())
+        add, save = index.add_items, index.save_index
+    elif kind == "usearch":
+        index = usearch_index(vectors.shape[1])
+        places = iter(range(0, len(vectors), PART))
+
+        def add(part: np.ndarray) -> None:
+            keys = np.arange(len(part)) + next(places)
+            index.add(keys, part, threads=torch.get_num_threads())
+
+        save = index.save
+    else:
+        index, faiss = faiss_index(kind, *vectors.shape), faiss_module()
+        if not index.is_trained:
+            step = max(1, len(vectors) // (build.TRAIN_ROWS * faiss.extract_index_ivf(index).nlist))
+            index.train(vectors[::step].astype(np.float32))
+        add, path = index.add, "index.faiss"
+
+        def save(name: str) -> None:
+            faiss.write_index(index, name)
+
+    for start in tqdm(range(0, len(vectors), PART), desc=kind, delay=2):
+        add(vectors[start : start + PART].astype(np.float32))
+    save(str(folder / path))
+
+
+def faiss_index(kind: str, rows: int, width: int) -> Any:
+    """What a user of faiss alone would take: float16, or lists of 8 bits a number."""
+    faiss = faiss_module()
+    text = "SQfp16" if kind == "faiss flat" else build.factory_text("ivf", rows, width)
+    return faiss.index_factory(width, text, faiss.METRIC_INNER_PRODUCT)
+
+
+def usearch_index(width: int) -> Any:
+    options = {"metric": "ip", "dtype": "f16", "connectivity": LINKS, "expansion_add": EFFORT}
+    return import_module("usearch.index").Index(ndim=width, **options)
+
+
+# ---- opening and searching ----
+
+
+def open_index(kind: str, folder: Path, width: int) -> Search:
+    if kind in ("flat", "sq8"):
+        names = ("embeddings.npy", "scales.npy")
+        parts = [torch.from_numpy(read_vectors(folder / name))
+                 for name in names if (folder / name).is_file()]
+        index = TorchIndex(*parts)
+        return lambda queries: index.search(queries, TOP_K)
+    if kind in OURS:
+        index = FaissIndex(folder / "index.faiss")
+        return lambda queries: index.search(queries, TOP_K)
+    threads, path = torch.get_num_threads(), str(folder / "index")
+    if kind == "hnswlib":
+        index = import_module("hnswlib").Index("ip", width)
+        index.load_index(path)
+        index.set_num_threads(threads)
+        index.set_ef(EFFORT)
+        return lambda queries: index.knn_query(queries.numpy(), TOP_K)
+    if kind == "usearch":
+        index = usearch_index(width)
+        index.load(path)
+        index.expansion_search = EFFORT
+        return lambda queries: index.search(queries.numpy(), TOP_K, threads=threads)
+    faiss = faiss_module()
+    index = faiss.read_index(f"{path}.faiss")
+    if kind == "faiss ivf":
+        index.nprobe = min(index.nlist, max(build.MIN_PROBED, index.nlist // build.PROBED))
+    return lambda queries: index.search(queries.numpy(), TOP_K)
+
+
+def resident(peak: bool) -> int:
+    """Bytes of this process in memory, now or at most; mapped files that were read count."""
+    if peak:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def search_times(kind: str, folder: Path, width: int) -> dict[str, Any]:
+    """How an index opens and is searched; this process has done nothing else."""
+    queries = torch.randn(max(BATCHES), width, generator=torch.Generator().manual_seed(1))
+    before, started = resident(peak=False), time.perf_counter()
+    search = open_index(kind, folder, width)
+    open_s, opened = time.perf_counter() - started, resident(peak=False)
+    times = {str(batch): milliseconds(lambda size: search(queries[:size]), batch)
+             for batch in BATCHES}
+    return {"disk": disk_bytes(folder), "open_s": open_s, "open": opened - before,
+            "searched": resident(peak=True) - before, "ms": times}
+
+
+# ---- the program ----
+
+
+def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path) -> dict[str, Any]:
+    """One index, built and searched by two processes one after the other."""
+    about = {"kind": kind, "rows": rows, "width": options.width, "threads": options.threads}
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        for step in ("build", "search"):
+            command = [sys.executable, "-m", "experiments.scale", "--step", step, folder,
+                       "--vectors", str(vectors), "--kinds", kind, "--rows", str(rows),
+                       "--width", str(options.width), "--threads", str(options.threads)]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                return {**about, "problem": f"{step} ended with {done.returncode}"}
+            about |= json.loads(done.stdout.splitlines()[-1])
+    return about
+
+
+def one_step(options: argparse.Namespace) -> dict[str, Any]:
+    step, folder = options.step[0], Path(options.step[1])
+    [kind], [rows] = options.kinds, options.rows
+    torch.set_num_threads(options.threads)
+    if kind not in ("flat", "sq8", "hnswlib", "usearch"):
+        faiss_module().omp_set_num_threads(options.threads)
+    if step == "search":
+        return search_times(kind, folder, options.width)
+    vectors, started = np.load(options.vectors, mmap_mode="r")[:rows], time.perf_counter()
+    (build_ours if kind in OURS else build_peer)(kind, vectors, folder)
+    return {"build_s": time.perf_counter() - started}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results in Markdown, by rows and kind."""
+    lines = ["| vectors | kind | build | on disk | open | searched | "
+             + " | ".join(f"{batch} a batch" for batch in BATCHES) + " |",
+             "|---" * (6 + len(BATCHES)) + "|"]
+    for result in sorted(results, key=lambda r: (r["width"], r["rows"])):
+        cells = [f"{result['rows']:,} x {result['width']}", result["kind"]]
+        if "problem" in result:
+            cells += [result["problem"], *[""] * (3 + len(BATCHES))]
+        else:
+            sizes = [f"{result[key] / 2**20:,.0f} MiB" for key in ("disk", "open", "searched")]
+            times = [f"{result['ms'][str(batch)]:.3g} ms" for batch in BATCHES]
+            cells += [f"{result['build_s']:,.0f} s", *sizes, *times]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("experiments.scale", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", nargs="+", type=count, default=[10_000, 100_000], help="default 10000 100000")
+    add("--width", type=count, default=768, help="numbers of a vector, default 768")
+    add("--kinds", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS], metavar="KIND",
+        help=", ".join(OURS + PEERS))
+    add("--threads", type=count, default=torch.get_num_threads(), help="default: all cores")
+    add("--work", help="folder for the files meanwhile (default: that of temporary files)")
+    add("--out", type=Path, help="JSON of the results; one that exists is added to")
+    add("--step", nargs=2, help=argparse.SUPPRESS)
+    add("--vectors", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    if options.step:
+        return print(json.dumps(one_step(options)))
+    results = read_json(options.out, {"results": []})["results"] if options.out else []
+    keys = ("kind", "rows", "width", "threads")
+    results = [result for result in results if "problem" not in result]
+    known = {tuple(result[key] for key in keys) for result in results}
+    for rows in sorted(options.rows):
+        kinds = [kind for kind in options.kinds
+                 if (kind, rows, options.width, options.threads) not in known]
+        if not kinds:
+            continue
+        with tempfile.NamedTemporaryFile(suffix=".npy", dir=options.work) as file:
+            write_vectors(Path(file.name), rows, options.width)
+            for kind in tqdm(kinds, desc=f"{rows} vectors"):
+                results.append(measured(kind, rows, options, Path(file.name)))
+                if options.out:
+                    write_json(options.out, {"results": results})
+    print(table(results))
+
+
+if __name__ == "__main__":
+    with reporting("experiments.scale", RuntimeError):
+        main(sys.argv[1:])
