@@ -435,7 +435,7 @@ def test_the_tables_of_reproduction_are_those_of_the_records():
 def test_the_demonstration_s_table_is_the_same_on_both_pages_and_in_its_record():
     table = table_rows(README, "<!-- demo table -->")
     assert table == table_rows(REPRODUCTION, "<!-- demo table -->")
-    assert [row[0] for row in table] == ["Student", "Teacher", "KD", "DGPO"]
+    assert [row[0] for row in table] == ["Student", "Teacher", "KD", "KD, then PPO", "DGPO"]
     for label, *sets, average in table:
         assert float(average) == pytest.approx(statistics.mean(map(float, sets)), abs=1.1e-3), label
     if DEMO_RECORD.exists():

@@ -350,7 +350,7 @@ def test_rows_bring_those_that_they_begin_from_and_keep_the_order_of_all(tmp_pat
 # ---- the demonstration ----
 
 
-def test_the_demo_trains_two_phases_and_shows_a_table_a_curve_and_episodes(
+def test_the_demo_reinforces_with_and_without_the_teacher_and_shows_what_came_out(
     tmp_path, monkeypatch, capsys
 ):
     pytest.importorskip("matplotlib")
@@ -358,12 +358,14 @@ def test_the_demo_trains_two_phases_and_shows_a_table_a_curve_and_episodes(
 
     def leave_results(all_jobs: list[Job], logs: Path) -> None:
         jobs.update({job.name: job for job in all_jobs})
-        for name in ("student", "teacher", "kd", "dgpo"):
+        for name in ("student", "teacher", "kd", "ppo", "dgpo"):
             sets = {"nq": {"em": 0.5}}
             result = {"name": name, "sets": sets, "average": {"em": 0.5}}
             write_json(tmp_path / f"eval-{name}" / "result.json", result)
         write_run(tmp_path / "kd", {}, [{"step": 1, "eval/score": 0.1}])
-        write_run(tmp_path / "dgpo", {}, [{"step": 1, "rollout/score": 0.2, "eval/score": 0.2}])
+        for name in ("ppo", "dgpo"):
+            step = {"step": 1, "rollout/score": 0.2, "eval/score": 0.2}
+            write_run(tmp_path / name, {}, [step])
         (tmp_path / "dgpo" / "samples").mkdir()
         (tmp_path / "dgpo" / "samples" / "step-1.txt").write_text("| <answer> 1915 </answer>")
 
@@ -371,10 +373,16 @@ def test_the_demo_trains_two_phases_and_shows_a_table_a_curve_and_episodes(
     reproduce.demo(tmp_path)
     commands = {name: read_command(job.command()) for name, job in jobs.items()}
     assert commands["kd"].episodes == commands["episodes"].episodes
-    assert commands["dgpo"].student == commands["kd"].run_dir
+    assert commands["kd"].epochs == 1
+    for name, where, rate in (("dgpo", "wrong", 1e-3), ("ppo", "none", 3e-4)):
+        settings = commands[name]
+        assert settings.student == commands["kd"].run_dir and settings.kl_in == "exact"
+        assert (settings.kl_where, settings.actor_lr) == (where, pytest.approx(rate))
+        assert (settings.steps, settings.prompts_per_step) == (reproduce.DEMO_STEPS, 64)
+        assert jobs[name].cores == 1 and jobs[name].needs == ("kd",)  # beside each other
     assert commands["eval eval-dgpo"].model == commands["dgpo"].run_dir
     assert commands["eval eval-student"].model == str(ROOT / "world" / "student")
-    assert jobs["kd"].cores == jobs["dgpo"].cores == 2
+    assert jobs["episodes"].cores == jobs["kd"].cores == 2
     text = capsys.readouterr().out
     assert "| <answer> 1915 </answer>" in text and "dgpo" in text
     assert (tmp_path / "curve.png").stat().st_size > 1000
