@@ -43,7 +43,7 @@ from infra.checkpoint import write_aside
 from infra.config import setting
 from infra.files import read_json, say
 from infra.fingerprint import hash_of
-from infra.parallel import shuffled
+from infra.parallel import pick_device, shuffled
 from infra.programs import check_paths, read_command
 from model import load_encoder
 from retrieval.build import weights_hash, write_facts
@@ -77,6 +77,7 @@ class IndexSettings:
     encoder: str = setting("", "checkpoint of the passage encoder", reads="DIR", needed=True)
     size: int = setting(160, "tokens of a passage, its title included; the encoder's", at_least=16)
     overlap: int = setting(32, "tokens that a passage repeats from the one before it", below="size")
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda where there is one")
 
 
 def files_of(folder: Path, out: Path) -> Iterator[Path]:
@@ -237,7 +238,7 @@ def embed_new(out: Path, about: dict[str, Any], encoder: Encoder,
 def write_index(settings: IndexSettings) -> None:
     """Write OUT; a passage that it has already is not embedded again."""
     started, out = time.perf_counter(), Path(settings.out)
-    encoder = load_encoder(settings.encoder)
+    encoder = load_encoder(settings.encoder, device=pick_device(settings.device))
     say(f"encoder {settings.encoder}: {encoder}")
     rows, record = read_folder(settings, encoder)
     out.mkdir(parents=True, exist_ok=True)
@@ -313,6 +314,7 @@ class QuestionSettings:
     seed: int = setting(0, "which passages, and the sampling noise", at_most=2**53)
     dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
     rollout_rows: int = setting(16, "pairs written at once", at_least=1)
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda where there is one")
 
 
 def messages_for(passage: Passage) -> list[dict[str, str]]:
@@ -408,7 +410,8 @@ def write_questions(settings: QuestionSettings) -> None:
     """Write DIR/questions.jsonl, test.jsonl and episodes.jsonl; say what was dropped and why."""
     out = Path(settings.index)
     facts = read_json(out / "index.json")
-    retriever = Retriever.load(out / CORPUS, facts["encoder"], index=out)
+    device = pick_device(settings.device)
+    retriever = Retriever.load(out / CORPUS, facts["encoder"], index=out, device=device)
     lines = retriever.corpus
     passages = [lines.passage(row, 0.0) for row in shuffled(len(lines), settings.seed)]
     long = [p for p in passages if len(p.text.split()) >= settings.min_words]
@@ -416,8 +419,7 @@ def write_questions(settings: QuestionSettings) -> None:
         raise ValueError(f"--min-words {settings.min_words}: got no passage of {out} with so many, "
                          "expected some; lower it")
     chosen = long[: settings.num]
-    policy = load_policy(settings.model, torch.device("cpu"), "model",
-                         getattr(torch, settings.dtype))
+    policy = load_policy(settings.model, device, "model", getattr(torch, settings.dtype))
     texts = write_drafts(policy, chosen, out / "drafts.jsonl", settings)
     rows, dropped = check_pairs([*zip(chosen, texts, strict=True)], retriever, settings.top_k)
     for reason, count in dropped.most_common():

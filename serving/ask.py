@@ -27,6 +27,7 @@ from infra import cli, config
 from infra.checkpoint import write_aside
 from infra.config import setting
 from infra.files import read_json, read_rows, replace_surrogates
+from infra.parallel import pick_device
 from infra.programs import check_paths, read_command
 from infra.record import recorded_settings
 from rollout import Policy, RolloutSettings, SearchEngine, generate, load_protocol
@@ -39,7 +40,7 @@ RECORDED = {field.name for field in fields(RolloutSettings)}
 RECORDED -= {"temperature", "top_p", "rollout_rows"}
 
 # Settings that change no answer.
-NOT_OF_ANSWERS = {"out", "json", "rollout_rows", "search_timeout_s"}
+NOT_OF_ANSWERS = {"out", "json", "rollout_rows", "search_timeout_s", "device"}
 
 
 @dataclass
@@ -55,6 +56,7 @@ class AskSettings(RolloutSettings):
     model: str = setting("runs/dgpo", "checkpoint that answers", reads="DIR")
     dtype: str = setting("float32", "bfloat16 takes half the memory, and is faster on processors "
                          "that multiply in it", choices=("float32", "bfloat16"))
+    device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda where there is one")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
     seed: int = setting(0, "sampling noise, when temperature > 0", at_most=2**53)
 
@@ -76,7 +78,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def ask(argv: list[str]) -> None:
     """Answer one question, those of a file, or those of a person."""
-    own = {"seed", "temperature", "dtype", "questions", "out", "interactive", "json"}
+    own = {"seed", "temperature", "dtype", "device", "questions", "out", "interactive", "json"}
     settings = cli.load(
         AskSettings, argv, prog="rollout.py ask", description="Ask an agent.",
         default_config=config.ROOT / "configs" / "world.toml",
@@ -92,14 +94,13 @@ def ask(argv: list[str]) -> None:
     check_paths(settings)
     questions = read_questions(Path(settings.questions)) if settings.questions else []
     num_done = count_done(Path(settings.out), questions, settings) if settings.out else 0
-    policy = load_policy(
-        settings.model, torch.device("cpu"), "model", getattr(torch, settings.dtype)
-    )
+    device = pick_device(settings.device)
+    policy = load_policy(settings.model, device, "model", getattr(torch, settings.dtype))
     retriever = None
     if settings.max_turns > 0:
         from retriever import open_retriever  # here, because only a policy that searches needs it
 
-        retriever = open_retriever(settings)
+        retriever = open_retriever(settings, device)
     if questions:
         answer_file(policy, retriever, questions, settings, num_done)
     elif settings.interactive:

@@ -212,8 +212,9 @@ def test_answers_of_other_settings_or_questions_are_not_gone_on_with(mini, tmp_p
     (["--questions", "q.txt"], "--out: got one of"),
     (["who", "--out", "x"], "--out: got one of"),
     (["--questions", "nowhere.txt", "--out", "x"], "nowhere.txt"),
+    (["who", "--device", "cuda:99"], "--device: got 'cuda:99', expected auto or a device"),
 ])  # fmt: skip
-def test_one_way_of_asking_is_expected(mini, more, part, capsys):
+def test_what_cannot_be_asked_is_refused(mini, more, part, capsys):
     with pytest.raises(SystemExit):
         ask.main(flags(mini, *more))
     assert part in capsys.readouterr().err

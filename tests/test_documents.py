@@ -256,9 +256,11 @@ def test_a_folder_inside_which_the_index_lies_does_not_read_the_index(mini, fold
     assert not [name for name in read if name.startswith("own/")]
 
 
-def test_a_size_that_the_encoder_cannot_read_and_an_empty_folder_are_refused(mini, folder):
+def test_a_size_a_device_and_a_folder_that_cannot_be_used_are_refused(mini, folder):
     with pytest.raises(ValueError, match="--size 500.*tokens that.*reads of a passage"):
         documents.write_index(settings(mini, folder, size=500))
+    with pytest.raises(ValueError, match="--device: got 'cuda:99'"):
+        documents.write_index(settings(mini, folder, device="cuda:99"))
     (folder / "empty").mkdir()
     (folder / "empty" / "a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="got 1 files, none of which can be read"):
@@ -405,5 +407,7 @@ def test_a_model_that_writes_no_pair_that_holds_is_refused(
 
 
 def test_an_index_without_a_passage_of_enough_words_is_refused(mini, folder, asked):
+    with pytest.raises(ValueError, match="--device: got 'cuda:99'"):
+        documents.write_questions(question_settings(mini, folder, device="cuda:99"))
     with pytest.raises(ValueError, match="--min-words 900: got no passage"):
         documents.write_questions(question_settings(mini, folder, min_words=900))
