@@ -6,7 +6,8 @@
 Ours are the kinds of `retriever.py build`; ivf and ivfpq are measured without the vectors, from
 which a search would compare its best again. The peers are raw faiss, hnswlib and usearch, where
 they are installed. The vectors are random, so nothing is said of recall (`retriever.py compare`).
-Each index is built and searched in a process of its own; what --out holds is not measured again.
+Each index is built and searched in a process of its own, on Linux; what --out holds is not measured
+again.
 
 What the numbers are. Build is from vectors on disk to an index on disk. Disk is what a search
 opens. Open is the memory of a process once an index is open; searched, its peak until all batches
@@ -16,7 +17,6 @@ batch.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -152,25 +152,25 @@ def open_index(kind: str, folder: Path, width: int) -> Search:
     return lambda queries: index.search(queries.numpy(), TOP_K)
 
 
-def resident(peak: bool) -> int:
-    """Bytes of this process in memory, now or at most; mapped files that were read count."""
-    if peak:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident(key: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); mapped files count.
+
+    Not the peak of getrusage, which a process takes over from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{key}:")[2].split()[0])
 
 
 def search_times(kind: str, folder: Path, width: int) -> dict[str, Any]:
     """How an index opens and is searched; this process has done nothing else."""
     queries = torch.randn(max(BATCHES), width, generator=torch.Generator().manual_seed(1))
-    before, started = resident(peak=False), time.perf_counter()
+    before, started = resident("VmRSS"), time.perf_counter()
     search = open_index(kind, folder, width)
-    open_s, opened = time.perf_counter() - started, resident(peak=False)
+    open_s, opened = time.perf_counter() - started, resident("VmRSS")
     times = {str(batch): milliseconds(lambda size: search(queries[:size]), batch)
              for batch in BATCHES}
     return {"disk": disk_bytes(folder), "open_s": open_s, "open": opened - before,
-            "searched": resident(peak=True) - before, "ms": times}
+            "searched": resident("VmHWM") - before, "ms": times}
 
 
 # ---- the program ----
