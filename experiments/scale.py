@@ -78,10 +78,10 @@ def build_ours(kind: str, vectors: np.ndarray, folder: Path) -> None:
 
 
 def build_peer(kind: str, vectors: np.ndarray, folder: Path) -> None:
-    size, path = {"max_elements": len(vectors), "M": LINKS, "ef_construction": EFFORT}, "index"
+    path = "index"
     if kind == "hnswlib":
         index = import_module("hnswlib").Index("ip", vectors.shape[1])
-        index.init_index(**size)
+        index.init_index(len(vectors), M=LINKS, ef_construction=EFFORT)
         index.set_num_threads(torch.get_num_threads())
         add, save = index.add_items, index.save_index
     elif kind == "usearch":
