@@ -104,7 +104,7 @@ def write_json(path: Path, record: Record) -> None:
     """
     record = {**record}
     for key in TABLES & set(record):
-        columns = [*next(iter(record[key].values()))]
+        columns = [*next(iter(record[key].values()), [])]
         if all([*measures] == columns for measures in record[key].values()):
             record[key] = {"columns": columns} | {
                 name: [*measures.values()] for name, measures in record[key].items()}
