@@ -193,13 +193,13 @@ def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path) -
 
 def one_step(options: argparse.Namespace) -> dict[str, Any]:
     step, folder = options.step[0], Path(options.step[1])
-    [kind], [rows] = options.kinds, options.rows
+    [kind] = options.kinds
     torch.set_num_threads(options.threads)
     if kind not in ("flat", "sq8", "hnswlib", "usearch"):
         faiss_module().omp_set_num_threads(options.threads)
     if step == "search":
         return search_times(kind, folder, options.width)
-    vectors, started = np.load(options.vectors, mmap_mode="r")[:rows], time.perf_counter()
+    vectors, started = np.load(options.vectors, mmap_mode="r"), time.perf_counter()
     (build_ours if kind in OURS else build_peer)(kind, vectors, folder)
     return {"build_s": time.perf_counter() - started}
 
