@@ -24,6 +24,7 @@ from torch import Tensor, autograd, nn
 # those blocks back at once, and smaller ones took 8 tiles of memory where 5 are in use.
 MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 MAX_ROWS_ELEMENTS = {"cpu": 11_500_000, "cuda": 2**28}
+TILE_MULTIPLE = {"cuda": 64}  # else cuBLAS takes slow kernels; the last tile is what is left
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
 COMPILED = ("cuda",)  # devices for which tiles are compiled
 
@@ -46,7 +47,8 @@ def fused(function: Callable) -> Callable:
 def tiles(size: int, other_size: int, limits: dict[str, int], device: torch.device) -> list[slice]:
     """Cut range(size) into nearly equal slices, each of at most limit / other_size entries."""
     count = max(1, math.ceil(size * other_size / limits.get(device.type, limits["cpu"])))
-    width = max(1, math.ceil(size / count))
+    multiple = TILE_MULTIPLE.get(device.type, 1)
+    width = max(1, math.ceil(size / count) // multiple) * multiple
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 
 
@@ -91,16 +93,8 @@ class _Logprobs(autograd.Function):
             grad = logits_gradient(hidden @ part.T, columns, ctx.temperature, *stats)
             grad_hidden += grad @ part
             if grad_weight is not None:
-                multiply(grad.T, hidden, grad_weight[tile])
+                grad_weight[tile] = grad.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, without a copy where all have one dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 @fused

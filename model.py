@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infra.checkpoint import write_aside
 from infra.files import blaming, read_json, resolve
-from kernels import linears
+from kernels import fused, linears
 from tokenizer import FILES, Tokenizer
 from weights import fill, save_tensors
 
@@ -123,7 +123,8 @@ class KVCache:
         rows, slots = (torch.arange(n, device=positions.device) for n in (count, self.check(reach)))
         mask = None
         if not are_equal:
-            mask = torch.zeros(count, 1, 1, reach, dtype=self.keys[0].dtype, device=rows.device)
+            # In sixteens: attention on a GPU copies other masks, in each layer.
+            mask = self.keys[0].new_zeros(count, 1, 1, -(-reach // 16) * 16)[..., :reach]
             mask.masked_fill_(slots > positions[:, None, None, None], -torch.inf)
         return Step(self, positions, reach, rows, mask)
 
@@ -173,7 +174,7 @@ class Step(NamedTuple):
 
 
 Slots = Prefill | Step | None  # where a call writes keys and values; None: nowhere
-Rotary = tuple[Tensor, Tensor]  # cos and signed sin, [B or 1, T, 1, Dh] each
+Rotary = tuple[Tensor, Tensor]  # cos and signed sin, [B T, 1, Dh] each
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
@@ -181,8 +182,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *,
     """Attention of q [B, H, T, Dh] to k, v [B, KV, L, Dh], each read by H / KV heads."""
     if q.is_cuda and q.dtype == torch.float32:  # torch 2.13 has no fast kernel that groups these
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    is_grouped = q.shape[1] != k.shape[1]
-    return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=is_grouped)
+    return attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
@@ -211,9 +211,13 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, documents: list[int],
     return torch.cat(mixed, 2)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, heads, Dh]; the first half of `sin` carries the minus sign."""
+    """Rotary embedding of x [N, heads, Dh]; the first half of `sin` carries the minus sign."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+swiglu = fused(lambda gate, up: F.silu(gate) * up)
 
 
 class Linear(nn.Linear):
@@ -246,10 +250,10 @@ class Attention(nn.Module):
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim))  # [B, T, H or KV, Dh]
-                   for x in linears(x, self.q_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim))  # [B T, H or KV, Dh]
+                   for y in linears(x.flatten(0, 1), self.q_proj))
         q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or KV, T, Dh]
+        q, k, v = (y.unflatten(0, x.shape[:2]).transpose(1, 2) for y in (q, k, v))  # [B, H, T, Dh]
         if slots is None:
             mixed = attend_packed(q, k, v, documents, documents)
         else:
@@ -272,8 +276,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, documents: list[int], slots: Slots) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, documents, slots)
-        gate, up = linears(self.post_attention_layernorm(x), self.mlp["gate_proj"])
-        return x + self.mlp["down_proj"](F.silu(gate) * up)  # SwiGLU
+        gate, up = linears(self.post_attention_layernorm(x).flatten(0, 1), self.mlp["gate_proj"])
+        return x + self.mlp["down_proj"](swiglu(gate, up)).view_as(x)
 
 
 class Decoder(nn.Module):
@@ -310,11 +314,11 @@ class Decoder(nn.Module):
         if sum(documents) != (T := ids.shape[1]):
             raise ValueError(f"documents: got {sum(documents)} tokens, expected the {T} of a row")
         if isinstance(cache, Step):
-            positions = cache.positions[:, None]  # [B, 1]
+            positions = cache.positions  # [B T], as below
         else:
             starts = [0] * len(documents) if cache is None else cache.starts
-            positions = torch.cat([torch.arange(start, start + length, device=ids.device)
-                                   for start, length in zip(starts, documents, strict=True)])[None]
+            positions = torch.cat([torch.arange(start, start + length, device=ids.device) for start,
+                                   length in zip(starts, documents, strict=True)] * len(ids))
         x = self.model.embed_tokens(ids)  # [B, T, D]
         x = x.to(self.compute_dtype or x.dtype)
         rotary = self._rotary(positions, x.dtype)
@@ -327,7 +331,7 @@ class Decoder(nn.Module):
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:  # in fp32, for all layers
         self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[:, :, None, None].float() * self.frequencies  # [B or 1, T, 1, Dh / 2]
+        angles = positions[:, None, None].float() * self.frequencies  # [B T, 1, Dh / 2]
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 

@@ -156,7 +156,10 @@ class Engine:
         """Play the episodes of these rows to their ends."""
         self.waiting, self.rows = iter(rows), [IDLE] * self.max_rows
         while self.fill(bar):
-            searching, reading, writing = map(self.slots_in, ("searching", "reading", "writing"))
+            slots = {"ended": [], "searching": [], "reading": [], "writing": []}
+            for slot, row in enumerate(self.rows):
+                slots[row.state].append(slot)
+            _, searching, reading, writing = slots.values()
             if self.search is None and self.is_worth_it(searching, writing):
                 self.start_search(searching)
             elif self.search and (not writing or self.num_steps >= self.deadline):
@@ -164,10 +167,7 @@ class Engine:
             elif self.is_worth_it(reading, writing):
                 self.read(reading)
             else:
-                self.write(writing)
-
-    def slots_in(self, state: str) -> list[int]:
-        return [slot for slot, row in enumerate(self.rows) if row.state == state]
+                self.write()
 
     def is_worth_it(self, slots: list[int], writing: list[int]) -> bool:
         """Batches prefills and searches: waits until 1/8 of the rows need one."""
@@ -175,9 +175,10 @@ class Engine:
 
     def fill(self, bar: tqdm) -> bool:
         """Give the rows of ended episodes to the next ones; False once all episodes have ended."""
-        for slot in self.slots_in("ended"):
-            bar.update(self.rows[slot] is not IDLE)
-            self.rows[slot] = next(self.waiting, IDLE)
+        for slot, row in enumerate(self.rows):
+            if row.episode.status:
+                bar.update(row is not IDLE)
+                self.rows[slot] = next(self.waiting, IDLE)
         self.rows += islice(self.waiting, self.max_rows - len(self.rows))  # of rows that come late
         occupied = [slot for slot, row in enumerate(self.rows) if row is not IDLE]
         if 4 * len(occupied) <= 3 * len(self.rows):  # drop rows that stay free
@@ -196,11 +197,11 @@ class Engine:
             pending, documents=[len(row.pending) for row in rows], cache=cache)  # [1, T, D]
         self.sample(hidden[0, ends[: len(rows)] - 1], rows)
 
-    def write(self, slots: list[int]) -> None:
-        """One step: sample a token for each of these rows."""
+    def write(self) -> None:
+        """One step: sample a token for each row that writes."""
         # It covers all rows, because gathering some of them would copy the cache. A row that does
         # not write repeats its position: what it puts there is overwritten before use.
-        rows = [self.rows[slot] if slot in slots else IDLE for slot in range(len(self.rows))]
+        rows = [row if row.state == "writing" else IDLE for row in self.rows]
         positions = [row.num_cached for row in self.rows]
         # A search may use the GPU, too, and nothing else may happen there during a capture.
         hidden = self.steps.hidden(self.decoder, [row.pending[0] for row in rows], positions,
@@ -222,15 +223,15 @@ class Engine:
         """Record a token, which was sampled once the pending ones were read, and act on it."""
         row.num_cached += len(row.pending)
         row.pending, row.num_sampled = [token], row.num_sampled + 1
-        *_, before, turn = row.episode.segments
+        before, turn = row.episode.segments[-2:]
         turn.ids.append(token)
         turn.logprobs.append(logprob)
         is_full = row.num_cached + 1 >= self.settings.max_context_tokens
         is_cut = is_full or len(turn.ids) >= self.settings.max_new_tokens
-        is_over, text = is_cut or token in self.tokenizer.end_ids, ""
+        is_over, text, said = is_cut or token in self.tokenizer.end_ids, "", ""
         if is_over or token in self.closers:
             text = before.opens + self.tokenizer.decode(turn.ids)
-        said = record.outside_thoughts(text).partition("<think>")[0]  # an open one goes past tags
+            said = record.outside_thoughts(text).partition("<think>")[0]  # an open one hides tags
         if is_over or "</search>" in said or "</answer>" in said:
             self.end_turn(row, text, is_full=is_full, is_cut=is_cut)
         elif self.protocol.interrupt:

@@ -40,10 +40,7 @@ class Session(NamedTuple):
 def open_session(settings: TrainSettings, device: torch.device, task: Task, *,
                  asks: bool = True) -> Session:
     """Questions, and passages if episodes search. asks: whether the phase asks questions at all."""
-    from infra.checks import (  # here, because `import train` should load little
-        check_asked,
-        check_session,
-    )
+    from infra.checks import check_asked, check_session  # here: `import train` should load little
     protocol = task.protocol or load_protocol(settings.protocol)
     if not asks:
         return Session(None, [], [], protocol)

@@ -63,6 +63,7 @@ from infra.cli import Parser, reporting
 from infra.files import read_json
 from infra.parallel import micro_batches
 from infra.programs import count
+from infra.run import RunSettings
 from kernels import head_divergence, head_logprobs
 from model import Critic, Decoder, load_decoder, load_encoder
 from retriever import TorchIndex
@@ -413,13 +414,13 @@ def cross_entropy_head(module: str, *inputs: Tensor, **options: Any) -> tuple[Te
 
 
 def bench_head(bench: Bench) -> None:
-    chunks = nn.LinearCrossEntropyOptions()  # as torch chooses them
     with_entropy = {"ours": head_logprobs, "torch": torch_head,
                     "TRL": lambda *x: trl_head(*x, "entropy")}
     logprobs_alone = {
         "ours": lambda *x: head_logprobs(*x)[:1],
         "torch": lambda h, w, y: (log_probs(h, w).gather(-1, y[:, None]).squeeze(-1),),
-        "torch, chunked": lambda *x: cross_entropy_head("torch.nn.functional", *x, options=chunks),
+        "torch, chunked": lambda *x: cross_entropy_head(  # as torch chooses the chunks
+            "torch.nn.functional", *x, options=nn.LinearCrossEntropyOptions()),
         "TRL": trl_head,
         "Liger": liger_head,
         "cut-cross-entropy": lambda *x: cross_entropy_head("cut_cross_entropy", *x),
@@ -630,9 +631,14 @@ def actor_loss(logprobs: Tensor, entropy: Tensor, old: Tensor, mask: Tensor) -> 
 
 
 def our_step(actor: Decoder, critic: Critic, batch: Batch, old: Tensor) -> Tensor:
-    """Losses [2] of critic and actor as in reinforce.py, in about eight micro-batches."""
+    """Losses [2] of critic and actor as in reinforce.py, in about eight micro-batches.
+
+    On a GPU they are as large as train.py makes them.
+    """
     losses, lengths = torch.zeros(2, device=old.device), batch.lengths()
     max_tokens = -(-sum(lengths) // max(1, len(lengths) // 8))
+    if old.is_cuda:
+        max_tokens = RunSettings.micro_batch_tokens
     for group in micro_batches(lengths, max_tokens):
         packed = pack(batch, group, lengths)
         old_rows = old[:, group][:, batch.response_mask[group]]  # [4, N]
@@ -724,7 +730,7 @@ def bench_step(bench: Bench) -> None:
 
         return Implementation(lambda: step(batch, old), error, TOLERANCE[dtype])
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):  # the shorter one first
         name = (f"{weights.name}, {str(dtype).split('.')[1]}, {len(batch.ids)} episodes, "
                 f"{num_tokens} tokens, {num_responses} of them the agent's")
         _, gemm = rates(bench.device, dtype, bench.options.quick)

@@ -60,7 +60,7 @@ class Graphs:
         """Forget the graphs if weights of the module have moved, as those that FSDP gathers do."""
         places = [parameter.data_ptr() for parameter in module.parameters()]
         if places != self.places:
-            self.graphs, self.places = {}, places
+            self.graphs, self.places, self.pool = {}, places, None  # no graph holds the pool now
 
     def call(self, key: Hashable, run: Callable[[], Tensor], *, may_capture: bool) -> Tensor:
         """run(), by the graph of this key; what it returns holds until the next call."""

@@ -97,6 +97,28 @@ def test_vocabularies_of_the_published_models_are_exact(entries):
     assert_no_worse_than_naive(*runs)
 
 
+def test_tiles_of_a_gpu_are_whole_lines_but_for_the_last(monkeypatch):
+    device, limits = torch.device("cuda"), kernels.MAX_TILE_ELEMENTS
+    for entries, rows in ((151_665, 16_384), (151_665, 1), (151_936, 6500), (49, 7)):
+        cut = kernels.tiles(entries, rows, limits, device)
+        assert [i for tile in cut for i in (tile.start, tile.stop)][1:-1:2] == [
+            tile.start for tile in cut[1:]] and (cut[0].start, cut[-1].stop) == (0, entries)
+        assert all((tile.stop - tile.start) % 64 == 0 for tile in cut[:-1])
+        assert all((tile.stop - tile.start) * rows <= limits["cuda"] for tile in cut)
+        # What is left is small, unless it is all.
+        assert len(cut) == 1 or cut[-1].stop - cut[-1].start <= 64 * len(cut)
+    # With a rest, the head is the same.
+    monkeypatch.setattr(kernels, "TILE_MULTIPLE", {"cpu": 16})
+    monkeypatch.setattr(kernels, "MAX_TILE_ELEMENTS", {"cpu": 5 * 20})
+    hidden, weight = head(5, entries=50)
+    assert [tile.stop for tile in kernels.tiles(50, 5, kernels.MAX_TILE_ELEMENTS,
+                                                hidden.device)] == [16, 32, 48, 50]
+    runs = [values_and_gradients(f, hidden, weight, torch.tensor([0, 15, 16, 48, 49]))
+            for f in (kernels.head_logprobs, naive_logprobs)]
+    for ours, naive in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, naive, atol=FP32 * 100, rtol=FP32)
+
+
 def test_logits_of_a_thousand_stay_finite(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_TILE_ELEMENTS", {"cpu": 2 * 2})
     weight = torch.tensor([[1000.0], [0.0], [-1000.0], [999.0], [-1000.0]])
