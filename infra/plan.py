@@ -35,7 +35,7 @@ LOGIT_READS = 10  # of each logit, as fp32
 REST = 0.03  # of all other seconds
 OPS_A_LAYER = 100  # small operations that the host issues for a layer, in a decoding step
 # Of a decoding step that is a CUDA graph: seconds of a layer, and of the host for a row. They fit
-# Qwen2.5-0.5B's shape on an H200: 3.4 ms for 64 rows, 7.8 ms for 512 (docs/performance.md).
+# Qwen2.5-0.5B's shape on an H200: 3.4 ms for 64 rows, 7.1 ms for 512 (docs/performance.md).
 GRAPH_LAYER_S, ROW_S = 1.1e-4, 1e-5
 SCORE_PASSES = 12  # of each score of a search, fp32, on a GPU: fits 64 queries on an H200
 SCORES_BYTES = 5 * 2**28  # of a chunk's scores on a GPU, measured there
@@ -117,14 +117,14 @@ def saved_bytes(c: Any, size: int, kind: str = "cpu", *, checkpointing: bool = F
     """What autograd saves of a token for the backward pass of all layers and the last norm.
 
     size: bytes of a number that is computed with. A norm of a CPU keeps its input and its result
-    in fp32; one of a GPU keeps its input as it is.
+    in fp32; one of a GPU keeps its input as it is. A GPU's SwiGLU is fused, and keeps no sigmoid.
     """
     width, heads, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     per_norm = 2 * F32 if kind == "cpu" else size
     attention = (3 * heads + 2 * kv) * size + c.num_heads * F32  # q, k, v, two results, their logs
     attention += c.qk_norm * ((heads + kv) * per_norm + (c.num_heads + c.num_kv_heads) * F32)
     norms = 2 * (width * (per_norm + size) + F32)
-    layer = norms + attention + 4 * c.intermediate_size * size
+    layer = norms + attention + (4 if kind == "cpu" else 3) * c.intermediate_size * size
     last = width * per_norm + F32 + 8 + 2 * c.head_dim * size  # ids and rotary angles, too
     if checkpointing:  # the input of each layer, and the one layer that is computed again
         return c.num_layers * width * size + layer + last

@@ -275,12 +275,24 @@ def test_a_decoding_step_reads_weights_keys_and_values_and_waits_for_the_host():
 
 def test_the_measured_steps_of_an_h200_are_what_the_constants_give():
     c, h200 = shapes().student, plan.CARDS["141GB"]
-    for rows, measured_s in ((64, 3.4e-3), (512, 7.8e-3)):
+    for rows, measured_s in ((64, 3.4e-3), (512, 7.1e-3)):
         s = settings(rollout_rows=rows)
         short = EPISODES._replace(prompt=256, searches=0, written=49)
         seconds_of_all = plan.rollout_seconds(s, c, shapes(), h200, short, rows, "bfloat16")
         steps = plan.episode_steps(s, short, rows)
         assert seconds_of_all["decode"] / steps == pytest.approx(measured_s, rel=0.1)
+
+
+def test_the_measured_update_of_an_h200_is_near_what_is_planned():
+    """docs/results/speed-gpu.md: 32 episodes of Qwen2.5-0.5B's shape, actor and critic."""
+    c, h200 = shapes().student, plan.CARDS["141GB"]
+    episodes = EPISODES._replace(prompt=1353 - 541, searches=0, written=541)
+    planned_s = sum(plan.reading_seconds(c, h200, episodes, 32, "bfloat16", passes=3, gemms=gemms)
+                    for gemms in (4, 0))
+    assert planned_s == pytest.approx(0.715, rel=0.1)
+    activations = 16384 * plan.saved_bytes(c, 2, "cuda")
+    gradients, tiles = 2 * 4 * plan.num_parameters(c), plan.HEAD_TILE["cuda"] * 8
+    assert activations + gradients + tiles == pytest.approx(24.6e9, rel=0.1)
 
 
 def test_a_search_on_a_gpu_reads_vectors_once_and_scores_several_times():
