@@ -7,10 +7,11 @@
 A cell is a start and a form. Starts: the plain student, and that student after some epochs of KD.
 Forms: no KL; Eq. 4's reward on wrong episodes, as published; the exact KL on wrong episodes, and on
 all. Beside the cells stand the other rows of the paper that reinforce, but for PPO, which is the
-plain student without a KL; and the exact KL to a teacher that PPO has made better. All run for the
-same number of steps and episodes. They are tuned as the rows of experiments/reproduce.py are: the
-first seed runs at two learning rates, and the run that answers more development questions stays and
-gives the other seeds' rate.
+plain student without a KL; and the exact KL to a teacher that PPO has made better, and to one with
+twice the layers, which is built first (40 minutes). All run for the same number of steps and
+episodes. They are tuned as the rows of experiments/reproduce.py are: the first seed runs at two
+learning rates, and the run that answers more development questions stays and gives the other seeds'
+rate.
 """
 
 import sys
@@ -23,7 +24,14 @@ import eval as evaluation
 from experiments import rows
 from experiments.jobs import run_jobs
 from experiments.plots import plot_cells
-from experiments.reproduce import Pair, best_run, row_jobs, tuning_runs
+from experiments.reproduce import (
+    PAIRS_FOLDER,
+    Pair,
+    best_run,
+    pairs_job,
+    row_jobs,
+    tuning_runs,
+)
 from experiments.rows import Record, Row, mean_and_deviation, verdict
 from infra.cli import reporting
 from infra.curves import plot_curves
@@ -36,6 +44,7 @@ FORMS = {
     "uniform": ("exact, all", ("--kl-in", "exact", "--kl-where", "all")),
 }
 RATES = (0.3, 1.0)  # of the preset's 1e-3, where PPO without a teacher breaks from a weak start
+LARGER = PAIRS_FOLDER / "larger-teacher" / "teacher"
 # What should be above what, at one start: (form, other form).
 ORDERINGS = (("exact", "uniform"), ("exact", "none"), ("exact", "reward"), ("reward", "none"))
 # The paper's other rows, in this regime. Its DGPO is kd1-exact here, and the ablations of Table 6
@@ -51,10 +60,13 @@ OTHERS = {
     "teacher-ppo": Row("Teacher, PPO", "ppo", begins="teacher", rates=RATES[:1]),
     "kd1-exact-better": Row("kd1, exact, wrong, better teacher", "dgpo", flags=FORMS["exact"][1],
                             rates=RATES, begins="kd1", teacher="teacher-ppo"),
+    "kd1-exact-larger": Row("kd1, exact, wrong, larger teacher", "dgpo", flags=FORMS["exact"][1],
+                            rates=RATES, begins="kd1", teacher=str(LARGER)),
 }
 PAPER_ORDERINGS = [("kd1-exact", row) for row in (
     "kd1", "plain-none", "grpo", "sft-ppo", "plain-exact", "ppo-kd", "kd1-grpo")]
-PAPER_ORDERINGS += [("sft-ppo", "plain-none"), ("kd1-exact-better", "kd1-exact")]
+PAPER_ORDERINGS += [("sft-ppo", "plain-none"), ("kd1-exact-better", "kd1-exact"),
+                    ("kd1-exact-larger", "kd1-exact")]
 CURVES = ("plain-exact", "kd1-none", "kd1-reward", "kd1-exact", "kd1-uniform",
           "kd1-grpo")
 
@@ -145,6 +157,8 @@ def main(argv: list[str]) -> None:
     options = rows.parse_experiment(argv, "experiments.guidance", __doc__, ROWS, "guidance")
     runs, records = options.runs, options.records
     if options.experiment == "run":
+        if "kd1-exact-larger" in options.rows:
+            run_jobs([pairs_job(LARGER)], runs / "logs")
         jobs = row_jobs(pair_of(runs, records), options.rows, options.seeds)
         run_jobs(jobs, runs / "logs")
     print(report(records))

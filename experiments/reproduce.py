@@ -108,6 +108,7 @@ TUNING_SEED = rows.SEEDS[0]
 # that were chosen for the first pair.
 PAIRS = {"": "first pair", "larger-teacher": "larger teacher", "llama": "Llama-type"}
 PAIR_ROWS = ("ppo", "kd", "dgpo")
+PAIRS_FOLDER = ROOT / "runs" / "world" / "pairs"
 TABLES = {
     "Table 2": ("student", "teacher", "ppo", "sft-ppo", "gkd", "seqkd", "kd", "kd-long", "distillm",
                 "taid", "dgpo"),
@@ -455,13 +456,16 @@ def pairs(runs: Path, records: Path, seeds: Sequence[int]) -> None:
     if missing := [name for name, num in tuned.items() if num < len(ROWS[name].rates)]:
         raise RuntimeError(f"{records}: got no learning rates of {', '.join(missing)}, expected "
                            "those that python -m experiments.reproduce rows chooses")
-    built = ROOT / "runs" / "world" / "pairs"
-    last = built / "llama" / "teacher" / "model.safetensors"
-    build = ["-m", "world.build", "build-pairs"]
-    run_jobs([Job("build pairs", lambda: build, last, cores=CORES)], runs / "logs")
+    run_jobs([pairs_job(PAIRS_FOLDER / "llama" / "teacher")], runs / "logs")
     for name in filter(None, PAIRS):
-        pair = Pair(runs / name, records / name, built / name, rates_of=records)
+        pair = Pair(runs / name, records / name, PAIRS_FOLDER / name, rates_of=records)
         run_jobs(row_jobs(pair, PAIR_ROWS, seeds), runs / name / "logs")
+
+
+def pairs_job(model: Path) -> Job:
+    """Build the other models of the world until this one of them is there."""
+    command = ["-m", "world.build", "build-pairs"]
+    return Job("build pairs", lambda: command, model / "model.safetensors", cores=CORES)
 
 
 def pairs_table(records: Path) -> str:
