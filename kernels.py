@@ -34,7 +34,10 @@ def fused(function: Callable) -> Callable:
 
     One row, which would need a graph of its own, runs as it stands, too.
     """
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+    @functools.cache
+    def compiled() -> Callable:
+        torch._dynamo.config.suppress_errors = True  # without a C compiler it warns, and is eager
+        return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
     def call(first: Tensor, *rest, **options):

@@ -286,6 +286,20 @@ def test_a_graph_serves_all_numbers_of_rows_and_targets_of_a_divergence(graphs):
     assert len(graphs) == 1
 
 
+def test_without_a_compiler_functions_run_as_they_stand_and_say_so(monkeypatch, caplog):
+    def backend(graph, inputs):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(kernels, "COMPILED", ("cpu",))
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    torch._dynamo.reset()
+    x = torch.arange(6.0).view(3, 2)
+    assert torch.equal(kernels.fused(lambda x: x.sin() + 1)(x), x.sin() + 1)
+    torch._dynamo.reset()
+    assert "Failed to find C compiler" in caplog.text
+
+
 def test_greedy_is_the_exact_argmax_and_reports_the_logprob_at_temperature_one():
     hidden, weight = head(6)
     tokens, logprobs = kernels.sample(hidden, weight, torch.zeros(6), temperature=0)
