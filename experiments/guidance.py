@@ -88,7 +88,7 @@ ROWS = cells()
 
 
 def pair_of(runs: Path, records: Path) -> Pair:
-    return Pair(runs, records, rows=ROWS, presets=("world", "weak-start"))
+    return Pair(runs, records, rows=ROWS, presets=("world", "weak-start"), drawn=CURVES)
 
 
 def report(records: Path) -> str:

@@ -135,6 +135,7 @@ class Pair:
     rates_of: Path | None = None  # records whose learning rates it takes over; None: it chooses
     rows: Mapping[str, Row] = field(default_factory=lambda: ROWS)
     presets: tuple[str, ...] = ("world",)
+    drawn: Sequence[str] | None = None  # rows whose records keep their curves; None: all
 
     @property
     def chooses_rates(self) -> bool:
@@ -308,7 +309,8 @@ def measure_jobs(pair: Pair, name: str, seed: int | None, label: str, model: Pat
     evaluate, arcap = ["eval.py", *flags], ["eval.py", "arcap", *flags, "--limit", "200"]
 
     def keep() -> None:
-        write_record(name, seed, model, out, record)
+        is_drawn = pair.drawn is None or name in pair.drawn
+        write_record(name, seed, model, out, record, has_curve=is_drawn)
 
     if not pair.chooses_rates or pair.rows is not ROWS or name not in TABLES["Table 2"]:
         return [Job(f"eval {run}", lambda: evaluate, record, needs, after=keep)]
@@ -316,7 +318,8 @@ def measure_jobs(pair: Pair, name: str, seed: int | None, label: str, model: Pat
             Job(f"arcap {run}", lambda: arcap, record, (f"eval {run}",), after=keep)]
 
 
-def write_record(name: str, seed: int | None, model: Path, out: Path, record: Path) -> None:
+def write_record(name: str, seed: int | None, model: Path, out: Path, record: Path, *,
+                 has_curve: bool = True) -> None:
     """Write what tables, intervals and plots need of a run."""
     correct: dict[str, str] = {}
     for row in read_lines(out / "result.jsonl"):
@@ -327,6 +330,8 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
         result["arcap"] = read_json(out / "arcap.json")["arcap"]
     if (model / "run.json").exists():
         result.update(rows.training_record(model, CURVE))
+        if not has_curve:
+            del result["curve"]
         settings = read_json(model / "run.json")["settings"]
         reinforces = settings["phase"] in REINFORCE
         result["collapsed"] = (reinforces and not settings.get("max_minutes")  # its time was up

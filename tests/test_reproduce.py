@@ -441,6 +441,13 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     assert record["train_s"] == 4.0 and record["step_s"] == {"rollout_s": 1.5}
     assert record["collapsed"]  # two of three steps
     assert "arcap" not in record and "cores" in record["machine"]
+    # A curve that no picture draws is not kept.
+    pair = Pair(tmp_path, tmp_path / "kept", drawn=("kd",))
+    for name, has_curve in (("kd", True), ("ppo-kd", False)):
+        (tmp_path / f"{name}-0").symlink_to(tmp_path / "model")
+        (tmp_path / f"eval-{name}-0").symlink_to(out)
+        reproduce.measure_jobs(pair, name, 0, name, tmp_path / f"{name}-0")[-1].after()
+        assert ("curve" in read_json(pair.records / f"{name}-0.json")) == has_curve
 
 
 def test_a_long_curve_is_recorded_as_means_of_neighbouring_steps(tmp_path):
