@@ -83,10 +83,6 @@ ROWS = {
 MEASURED_AT_EVERY = ("bard", "guided")
 COMPARED = {"bard": ("agnostic", "sft", "rl", "additive", "guided"), "guided": ("sft",)}
 STARTS = {"sft-teacher": TRAILS / "teacher"}  # the rows that do not begin from the student
-CURVE = (
-    "eval/score", "eval/adherence", "rollout/score", "rollout/reward", "rollout/thinking",
-    "rollout/adherence", "rollout/equal_groups", "loss/entropy",
-)  # fmt: skip
 
 
 def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
@@ -178,7 +174,7 @@ def write_record(name: str, seed: int, model: Path, out: Path, record: Path) -> 
     for key, is_right in (("adherence_right", 1), ("adherence_wrong", 0)):
         kept = [row["length"] <= row["budget"] for row in rows if row["correct_free"] == is_right]
         result[key] = float(np.mean(kept or [True]))
-    result.update(training_record(model, CURVE))
+    result.update(training_record(model))
     every = out_of_every(out) / "budgets.json"
     if every.exists():
         measures = read_json(every)["budgets"]

@@ -139,10 +139,6 @@ COMPARED = [
     ("recalling-2", "recalling-1-longer"),
     ("recalling-2-guided", "recalling-2"),
 ]
-CURVE = (
-    "eval/score", "eval/reward", "rollout/score", "rollout/reward", "rollout/hit",
-    "rollout/queries", "rollout/format", "rollout/searches", "rollout/equal_groups", "loss/entropy",
-)  # fmt: skip
 
 
 def row_jobs(runs: Path, records: Path, names: Sequence[str], seeds: Sequence[int]) -> list[Job]:
@@ -205,7 +201,7 @@ def write_record(
                 correct[label][row["set"]] += str(int(row[f"em {label}"]))
     result.update(row_record(name, seed), correct=correct)
     if seed is not None:
-        result.update(training_record(model, CURVE))
+        result.update(training_record(model))
     write_json(record, result)
 
 

@@ -329,9 +329,7 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
     if (out / "arcap.json").exists():
         result["arcap"] = read_json(out / "arcap.json")["arcap"]
     if (model / "run.json").exists():
-        result.update(rows.training_record(model, CURVE))
-        if not has_curve:
-            del result["curve"]
+        result.update(rows.training_record(model, CURVE if has_curve else ()))
         settings = read_json(model / "run.json")["settings"]
         reinforces = settings["phase"] in REINFORCE
         result["collapsed"] = (reinforces and not settings.get("max_minutes")  # its time was up

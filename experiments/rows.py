@@ -142,9 +142,23 @@ def row_record(row: str, seed: int | None) -> Record:
     return {"row": row, "seed": seed, "machine": machine}
 
 
-def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
-    """A run's settings, number of steps, seconds, and the curves of these metrics."""
+def training_record(run_dir: Path, curve_keys: Sequence[str] = ()) -> Record:
+    """A run's settings, number of steps and seconds, and the curves of these metrics, if any."""
     metrics = read_lines(run_dir / "metrics.jsonl")
+    run = read_json(run_dir / "run.json")
+    # Left out: settings at train.py's defaults of that commit, and what is of this machine alone.
+    run["settings"] = {name: value for name, value in run["settings"].items()
+                       if name == "phase" or value != DEFAULTS.get(name, ...)}
+    record = {
+        "train": {key: value for key, value in run.items() if key not in ("paths", "history")},
+        "num_steps": len(metrics),
+        "train_s": seconds(run_dir),
+    }
+    return record | ({"curve": curve_of(metrics, curve_keys)} if curve_keys else {})
+
+
+def curve_of(metrics: list[Record], curve_keys: Sequence[str]) -> dict[str, list]:
+    """At most some CURVE_POINTS values of each metric, and their steps."""
     logged = [step for step in metrics if any(key in step for key in curve_keys)]
     # A list for each metric, because the names would take most of the file. A long run's points are
     # means of neighbouring steps.
@@ -155,16 +169,7 @@ def training_record(run_dir: Path, curve_keys: Sequence[str]) -> Record:
         values = [mean_of(block, key) for block in blocks]
         if any(value is not None for value in values):
             curve[key] = values
-    run = read_json(run_dir / "run.json")
-    # Left out: settings at train.py's defaults of that commit, and what is of this machine alone.
-    run["settings"] = {name: value for name, value in run["settings"].items()
-                       if name == "phase" or value != DEFAULTS.get(name, ...)}
-    return {
-        "train": {key: value for key, value in run.items() if key not in ("paths", "history")},
-        "num_steps": len(metrics),
-        "train_s": seconds(run_dir),
-        "curve": curve,
-    }
+    return curve
 
 
 def mean_of(steps: Sequence[Record], key: str) -> float | None:

@@ -511,6 +511,12 @@ def test_no_page_names_a_machine_s_paths_or_a_tracker_s_numbers():
 # ---- the other files ----
 
 
+def test_no_record_names_a_machine_s_paths():
+    records = [*(ROOT / "docs").rglob("*.json")]
+    assert len(records) > 100
+    assert not [path for path in records if re.search(r'[" =]/\w', path.read_text())]
+
+
 def test_the_picture_of_the_method_is_readable_in_light_and_dark():
     text = text_of(ROOT / "docs" / "method.svg")
     picture = ElementTree.fromstring(text)
