@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import pytest
 
-from experiments.rows import read_json
+from experiments import guidance
+from experiments.rows import read_json, read_records
 from infra import cli
 from settings import TrainSettings
 
@@ -408,7 +409,9 @@ def test_numbers_on_the_readme_are_those_of_the_records():
         "on all, ([0-9.]+) without": guidance_mean("kd1-none"),
         "cold start: ([0-9.]+), and": guidance_mean("plain-exact"),
         r"and PPO ([0-9.]+)\.": guidance_mean("plain-none"),
-        "gives ([0-9.]+) there": guidance_mean("kd1-reward"),
+        "less it adds: ([0-9.]+) after three": guidance_mean("kd3-exact"),
+        r"and ([0-9.]+) without it\.": guidance_mean("kd3-none"),
+        "gives ([0-9.]+) from the weak": guidance_mean("kd1-reward"),
         ": ([0-9.]+) selective": mean("DGPO"),
         "selective, ([0-9.]+) uniform": mean("(b) uniform KL"),
         "uniform, ([0-9.]+) none": mean("(c) w/o teacher guidance"),
@@ -430,6 +433,14 @@ def test_the_tables_of_reproduction_are_those_of_the_records():
         spread = f" \u00b1{statistics.stdev(values):.3f}" if len(values) > 1 else ""
         assert average == f"{statistics.mean(values):.3f}{spread}", label
         assert len(sets) == 7, label
+
+
+def test_the_table_of_starts_and_forms_has_the_numbers_of_its_records():
+    runs_of = read_records(RECORDS.parent / "guidance")
+    table = table_rows(REPRODUCTION, "<!-- starts and forms -->")
+    for start, (_, *shown) in zip(guidance.EPOCHS, table, strict=True):
+        names = [guidance.start_name(start), *(f"{start}-{form}" for form in guidance.FORMS)]
+        assert shown == [guidance.cell(runs_of.get(name, [])) for name in names], start
 
 
 def test_the_demonstration_s_table_is_the_same_on_both_pages_and_in_its_record():
