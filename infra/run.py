@@ -468,4 +468,6 @@ def run_program(name: str, main: Callable[[list[str]], object]) -> None:
             except KeyboardInterrupt:
                 raise Stop("stopped at once; --resume continues from the last state") from None
     finally:
+        if dist.is_initialized():  # a launcher passes an interrupt on to what it has reached before
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         end_processes()

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from infra import checkpoint
+from infra import run as run_module
 from infra.checkpoint import best_state, save_state, states
 from infra.memory import disk_report
 from infra.parallel import micro_batches, shuffled, uniforms, update
@@ -491,3 +492,16 @@ def test_noise_depends_on_seed_episode_and_index_alone_and_is_uniform():
     assert abs(u.mean() - 0.5) < 5 * (1 / 12 / u.size) ** 0.5
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 5 / u.size**0.5
     assert abs(np.corrcoef(uniforms(4, a.ravel(), b.ravel()), u)[0, 1]) < 5 / u.size**0.5
+
+
+def test_an_interrupt_while_processes_end_does_not_end_them_otherwise(monkeypatch):
+    """A launcher passes on the interrupt that the terminal has sent to all."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(run_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run_module, "end_processes",
+                        lambda: seen.append(signal.getsignal(signal.SIGINT)))
+    try:
+        run_module.run_program("train.py", lambda argv: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_IGN]

@@ -404,10 +404,10 @@ def first_head_scores(
 ) -> torch.Tensor:
     """Attention scores of the first head for inputs x [1, T, D], before the mask: [T, T]."""
     config, length = decoder.config, x.shape[1]
-    cos, sin = decoder._rotary(torch.arange(length)[None], torch.float32)
-    query = attention.q_proj(x).view(1, length, config.num_heads, config.head_dim)
-    key = attention.k_proj(x).view(1, length, config.num_kv_heads, config.head_dim)
-    return rotate(query, cos, sin)[0, :, 0] @ rotate(key, cos, sin)[0, :, 0].T
+    cos, sin = decoder._rotary(torch.arange(length), torch.float32)
+    query = attention.q_proj(x).view(length, config.num_heads, config.head_dim)
+    key = attention.k_proj(x).view(length, config.num_kv_heads, config.head_dim)
+    return rotate(query, cos, sin)[:, 0] @ rotate(key, cos, sin)[:, 0].T
 
 
 def test_a_grown_decoder_computes_the_same_function():
