@@ -26,7 +26,7 @@ MAX_TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 MAX_ROWS_ELEMENTS = {"cpu": 11_500_000, "cuda": 2**28}
 TILE_MULTIPLE = {"cuda": 64}  # else cuBLAS takes slow kernels; the last tile is what is left
 SAMPLE_BLOCK = 512  # entries; sampling finds the block first, then the entry in it
-COMPILED = ("cuda",)  # devices for which tiles are compiled
+COMPILED = ("cuda",)  # devices on which `fused` functions are compiled
 
 
 def fused(function: Callable) -> Callable:

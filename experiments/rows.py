@@ -45,7 +45,7 @@ class Row:
     # Its first seed runs at these multiples of the preset's learning rate; the best one stays.
     rates: tuple[float, ...] = (1.0, 2.0)
     rate_of: str = ""  # the row whose choice of a rate it takes over
-    teacher: str = ""  # the row whose model guides; empty: the experiment's teacher
+    teacher: str = ""  # the row or folder whose model guides; empty: the experiment's teacher
 
     @property
     def is_trained(self) -> bool:
