@@ -16,7 +16,7 @@ Legend: B queries, N passages (C a tile, K a query), D width.
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -93,10 +93,10 @@ class TorchIndex:
         """The top k of queries [B, D], tile by tile: scores, rows [B, K]."""
         scores, rows, num_rows = [], [], max(1, TILE_ELEMENTS // self.width)
         if queries.is_cuda:
-            num_rows = max(1, min(GPU_ROWS, GPU_SCORES // (2 * len(queries))))
-            room = None
+            num_rows, room = max(1, min(GPU_ROWS, GPU_SCORES // (2 * len(queries)))), ()
         else:
-            room = torch.empty(min(num_rows, self.num_rows), self.width)
+            num_rows = min(num_rows, self.num_rows)
+            room = torch.empty(num_rows, self.width), torch.empty(len(queries), num_rows)
         for start in range(0, self.num_rows, num_rows):
             tile = slice(start, start + num_rows)
             products = inner_products(queries, self.vectors[tile], room)  # [B, C]
@@ -109,14 +109,17 @@ class TorchIndex:
         return best, torch.cat(rows, 1).gather(1, columns)
 
 
-def inner_products(queries: Tensor, tile: Tensor, room: Tensor | None = None) -> Tensor:
+def inner_products(queries: Tensor, tile: Tensor, room: Sequence[Tensor] = ()) -> Tensor:
     """queries [B, D], fp32, times stored vectors [C, D]: [B, C], fp32.
 
-    room [>= C, D]: where a CPU puts the vectors as fp32; new memory for each tile takes longer.
+    room [>= C, D], [B, >= C]: where a CPU puts the vectors as fp32, and the products. New memory
+    for each tile takes longer, and the allocator may not use again what the last one gave back.
     """
+    if room:
+        vectors, products = room[0][: len(tile)], room[1][:, : len(tile)]
+        return torch.mm(queries, vectors.copy_(tile).T, out=products)
     if not queries.is_cuda or tile.dtype == torch.float32:
-        tile = tile.float() if room is None else room[: len(tile)].copy_(tile)
-        return queries @ tile.T
+        return queries @ tile.float().T
     return split_products(queries, tile, partial(torch.mm, out_dtype=torch.float32))
 
 
@@ -196,16 +199,13 @@ class Retriever:
         return cls(lines, encoder, TorchIndex(torch.cat(chunks).to(device)))  # [N, D]
 
     def search(self, queries: list[str], top_k: int) -> list[list[Passage]]:
-        """The best passages of each query, best first; all of them in a corpus below top_k.
-
-        Equal queries are searched once.
-        """
+        """The best passages of each query, best first; all of them in a corpus below top_k."""
         if top_k < 1:
             raise ValueError(f"top_k: got {top_k}, expected at least 1")
         if not queries:
             return []
         queries = list(map(replace_surrogates, queries))
-        asked = places = list(dict.fromkeys(queries))
+        asked = places = list(dict.fromkeys(queries))  # equal ones are searched once
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             if self.encoder is not None:
                 asked = self.encoder.embed(places, kind="query")  # [B, D]

@@ -201,6 +201,21 @@ def test_a_tie_for_the_last_place_is_seen_at_the_end_alone(monkeypatch):
     assert index.search(torch.ones(1, 4), 3)[1].tolist() == [[19, 18, 3]] and len(scans) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_all_tiles_have_their_scores_in_one_piece_of_memory(monkeypatch, dtype):
+    """Else the allocator kept 2 GB for 512 queries of a million vectors."""
+    monkeypatch.setattr(retriever, "TILE_ELEMENTS", WIDTH * 3)
+    places, top = set(), retriever._any_top
+    monkeypatch.setattr(retriever, "_any_top",
+                        lambda scores, k: places.add(scores.data_ptr()) or top(scores, k))
+    draw = torch.Generator().manual_seed(0)
+    vectors = (20 * torch.randn(20, WIDTH, generator=draw)).to(dtype)  # the last tile has two
+    queries = torch.randn(5, WIDTH, generator=draw)
+    found = TorchIndex(vectors, torch.ones(20, 1)).search(queries, 4)[1]
+    assert len(places) == 2  # and one for the best of all tiles
+    assert (found == (queries @ vectors.float().T).topk(4).indices.numpy()).all()
+
+
 def test_equal_queries_of_a_call_are_embedded_and_searched_once(place, monkeypatch):
     loaded = Retriever.load(place / "corpus.jsonl", place / "encoder")
     asked, search = [], loaded.index.search
