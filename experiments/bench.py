@@ -792,20 +792,26 @@ def bench_search(bench: Bench) -> None:
 
 
 def bench_encoder(bench: Bench) -> None:
-    """Passages of 100 words each."""
+    """Passages of 100 words each, in float32 and in bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        compare_encoders(bench, dtype)
+
+
+def compare_encoders(bench: Bench, dtype: torch.dtype) -> None:
     options = bench.options
     with open(ROOT / "world" / "corpus.jsonl", encoding="utf-8") as file:
         words = " ".join(json.loads(line)["contents"] for line in file).split()
     starts = range(0, 800 if options.quick else 6400, 100)
     passages = [" ".join(words[start : start + 100]) for start in starts]
-    encoder = load_encoder(options.encoder_dir, device=options.device)
+    encoder = load_encoder(options.encoder_dir, dtype=dtype, device=options.device)
     exact = load_encoder(options.encoder_dir, dtype=torch.float64, device=options.device)
 
     def make(name: str) -> Implementation:
         embed = functools.partial(encoder.embed, kind="passage")
         if name != "ours":
             library = import_module("sentence_transformers")
-            peer = library.SentenceTransformer(options.encoder_dir, device=options.device)
+            peer = library.SentenceTransformer(options.encoder_dir, device=options.device,
+                                               model_kwargs={"torch_dtype": dtype})
             peer.max_seq_length = encoder.tokenizer.truncation["max_length"]
             embed = functools.partial(
                 peer.encode, prompt=encoder.prefixes["passage"], batch_size=64,
@@ -815,13 +821,15 @@ def bench_encoder(bench: Bench) -> None:
             expected = exact.embed(passages[:8], kind="passage", batch_size=1)
             return relative_error([embed(passages[:8])], [expected])
 
-        return Implementation(lambda: embed(passages), error, TOLERANCE[bench.dtype])
+        return Implementation(lambda: embed(passages), error, TOLERANCE[dtype])
 
     texts = [encoder.prefixes["passage"] + text for text in passages]
     num_tokens = int(encoder.encode(texts)[1].sum())
     flop = 2 * num_tokens * sum(p.numel() for p in encoder.encoder.parameters())
-    case = Case(f"{len(passages)} passages, {num_tokens} tokens", len(passages), "passages",
-                "2 P FLOP for each token", flop / bench.gemm)
+    name = f"{len(passages)} passages, {num_tokens} tokens, {str(dtype).removeprefix('torch.')}"
+    _, gemm = rates(bench.device, dtype, options.quick)
+    case = Case(name, len(passages), "passages", "2 P FLOP for each token", flop / gemm,
+                {"gemm": gemm})
     compare(bench, case, ("ours", "sentence-transformers"), make)
 
 
