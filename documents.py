@@ -8,7 +8,7 @@
 `retriever.py build` writes it, with corpus.jsonl beside it, documents.json (what was read, what was
 skipped and why) and own.toml, a preset that names all of it. docs/own-documents.md goes through it.
 
-`questions` lets a model write a question and its answer for passages. A pair is kept where the
+`questions` lets a model write questions and their answers for passages. A pair is kept where the
 answer stands in the passage and the question finds the passage. DIR then has questions.jsonl,
 test.jsonl (set apart by passage), and episodes.jsonl: a search and an answer for each question.
 """
@@ -56,13 +56,16 @@ BLOCK = 512  # passages that are embedded between two writes
 MAX_TITLE_SHARE = 4  # a title has at most one of so many tokens of a passage
 CORPUS, VECTORS, RECORD, PRESET = "corpus.jsonl", "embeddings.npy", "documents.json", "own.toml"
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-PAIR = re.compile(r"Question:[ \t]*(\S.*?)[ \t]*\n+[ \t]*Answer:[ \t]*(\S.*)")
-WRITER = ("Write one question that the passage answers, and its answer. The answer is a name, a "
-          "number or a term of at most five words, copied from the passage. The question names "
-          "what it is about, because its reader does not see the passage.\n\nPassage: {passage}")
+PAIR = re.compile(r"Question[ \d]*:[ \t]*(\S.*?)[ \t]*\n+[ \t]*Answer[ \d]*:[ \t]*(\S.*)")
+WRITER = ("Write three questions that the passage answers, each with its answer. An answer is a "
+          "name, a number or a term of one to five words, copied from the passage. A question "
+          "names what it is about, because its reader does not see the passage.\n\n"
+          "Passage: {passage}")
 EXAMPLE = ("Oresund Bridge\nThe Oresund Bridge joins Copenhagen and Malmo. It was opened in July "
            "2000, and trains and cars cross it.",
-           "Question: In which year was the Oresund Bridge opened?\nAnswer: 2000")
+           "Question: In which year was the Oresund Bridge opened?\nAnswer: 2000\n\n"
+           "Question: Which bridge joins Copenhagen and Malmo?\nAnswer: The Oresund Bridge\n\n"
+           "Question: What crosses the Oresund Bridge?\nAnswer: trains and cars")
 MAX_ANSWER_WORDS = 8
 
 
@@ -313,22 +316,22 @@ class QuestionSettings:
     temperature: float = setting(0.7, "how freely the model writes; 0 is greedy")
     seed: int = setting(0, "which passages, and the sampling noise", at_most=2**53)
     dtype: str = setting("float32", "dtype of the model", choices=("float32", "bfloat16"))
-    rollout_rows: int = setting(16, "pairs written at once", at_least=1)
+    rollout_rows: int = setting(16, "passages that pairs are written for at once", at_least=1)
     device: str = setting("auto", "cpu, cuda, cuda:N, mps; auto: cuda where there is one")
 
 
 def messages_for(passage: Passage) -> list[dict[str, str]]:
-    """The chat that a pair is written for a passage in, with one example before it."""
+    """The chat that pairs are written for a passage in, with one example before it."""
     asked = [WRITER.replace("{passage}", text)
              for text in (EXAMPLE[0], f"{passage.name}\n{passage.text}")]
     return [{"role": "user", "content": asked[0]}, {"role": "assistant", "content": EXAMPLE[1]},
             {"role": "user", "content": asked[1]}]
 
 
-def read_pair(text: str) -> tuple[str, str] | None:
-    """(question, answer) of what a model wrote; None if it is no pair."""
-    match = PAIR.search(text)
-    return (match[1], match[2].strip().rstrip(".").strip('"')) if match else None
+def read_pairs(text: str) -> list[tuple[str, str]]:
+    """Each (question, answer) of what a model wrote."""
+    return [(question, answer.strip().rstrip(".").strip('"`'))
+            for question, answer in PAIR.findall(text)]
 
 
 def problem_of(question: str, answer: str, passage: Passage) -> str:
@@ -352,26 +355,28 @@ def check_pairs(drafts: Sequence[tuple[Passage, str]], retriever: Retriever,
     """Rows of the pairs that are kept, with what their question finds; how many were dropped."""
     kept, dropped, seen = [], Counter(), set()
     for passage, text in drafts:
-        pair = read_pair(text)
-        problem = problem_of(*pair, passage) if pair else "no question and answer were written"
-        if not problem and normalize_answer(pair[0]) in seen:
-            problem = "the question was written before"
-        if problem:
-            dropped[problem] += 1
-            continue
-        seen.add(normalize_answer(pair[0]))
-        kept.append((passage, *pair))
-    found = retriever.search([question for _, question, _ in kept], top_k)
+        pairs = read_pairs(text)
+        dropped["no question and answer were written"] += not pairs
+        for number, (question, answer) in enumerate(pairs, 1):
+            problem = problem_of(question, answer, passage)
+            if not problem and normalize_answer(question) in seen:
+                problem = "the question was written before"
+            if problem:
+                dropped[problem] += 1
+                continue
+            seen.add(normalize_answer(question))
+            kept.append((passage, f"{passage.id}/{number}", question, answer))
+    found = retriever.search([question for _, _, question, _ in kept], top_k)
     rows = []
-    for (passage, question, answer), passages in zip(kept, found, strict=True):
+    for (passage, name, question, answer), passages in zip(kept, found, strict=True):
         if passage.id not in [other.id for other in passages]:
             dropped[f"the passage is not among the {top_k} that the question finds"] += 1
             continue
         context = [{"title": other.name, "text": other.text,
                     "is_supporting": other.id == passage.id} for other in passages]
-        rows.append({"id": passage.id, "question": question, "golden_answers": [answer],
+        rows.append({"id": name, "question": question, "golden_answers": [answer],
                      "context": context})
-    return rows, dropped
+    return rows, +dropped
 
 
 def write_drafts(policy: Policy, passages: Sequence[Passage], path: Path,
@@ -389,9 +394,9 @@ def write_drafts(policy: Policy, passages: Sequence[Passage], path: Path,
     kept = [about, *({"text": text} for text in texts)]
     write_aside(path, lambda partial: partial.write_text(
         "".join(json.dumps(row) + "\n" for row in kept)))
-    rules = RolloutSettings(prompt="row", max_turns=0, max_new_tokens=80, max_context_tokens=2048,
+    rules = RolloutSettings(prompt="row", max_turns=0, max_new_tokens=160, max_context_tokens=2048,
                             temperature=settings.temperature, rollout_rows=settings.rollout_rows)
-    with tqdm(total=len(passages), initial=min(len(texts), len(passages)), desc="pairs") as bar:
+    with tqdm(total=len(passages), initial=min(len(texts), len(passages)), desc="passages") as bar:
         for start in range(len(texts), len(passages), settings.rollout_rows):
             part = passages[start : start + settings.rollout_rows]
             asked = [Question(passage.id, "", (), "own", prompt=messages_for(passage))
@@ -425,9 +430,10 @@ def write_questions(settings: QuestionSettings) -> None:
     for reason, count in dropped.most_common():
         print(f"dropped {count}: {reason}")
     if not rows:
-        raise ValueError(f"--model: got {settings.model}, none of whose {len(chosen)} pairs holds "
+        raise ValueError(f"--model: got {settings.model}, none of whose pairs holds "
                          f"(see {out / 'drafts.jsonl'}), expected some; give a larger model")
-    is_test = [zlib.crc32(row["id"].encode()) % 1000 < 1000 * settings.test_share for row in rows]
+    of_passage = [row["id"].rpartition("/")[0].encode() for row in rows]
+    is_test = [zlib.crc32(name) % 1000 < 1000 * settings.test_share for name in of_passage]
     parts = {"questions": [row for row, test in zip(rows, is_test, strict=True) if not test],
              "test": [row for row, test in zip(rows, is_test, strict=True) if test]}
     parts["episodes"] = [demonstration(row, settings.top_k) for row in parts["questions"]]
@@ -436,8 +442,8 @@ def write_questions(settings: QuestionSettings) -> None:
         write_aside(out / f"{name}.jsonl", partial(Path.write_text, data=text))
     write_preset(out, {"corpus": CORPUS, "encoder": facts["encoder"], "index": ".",
                        "questions": "questions.jsonl", "episodes": "episodes.jsonl"})
-    print(f"{out}: kept {len(rows)} of {len(chosen)} pairs: {len(parts['questions'])} to learn "
-          f"from, {len(parts['test'])} to test with")
+    print(f"{out}: kept {len(rows)} pairs from {len(chosen)} passages: {len(parts['questions'])} "
+          f"to learn from, {len(parts['test'])} to test with")
 
 
 # ---- the program ----

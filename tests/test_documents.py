@@ -14,7 +14,7 @@ import pytest
 
 import documents
 from data import Passage
-from documents import IndexSettings, QuestionSettings, passages_of, problem_of, read_pair
+from documents import IndexSettings, QuestionSettings, passages_of, problem_of, read_pairs
 from encoder import Encoder
 from episode import Episode, Segment, load_episodes
 from formats.documents import Section, read_document
@@ -272,13 +272,22 @@ def test_a_size_a_device_and_a_folder_that_cannot_be_used_are_refused(mini, fold
 PASSAGE = Passage("a#0", '"Bridge"', "It was opened in July 2000 by the queen.", 0.0)
 
 
-@pytest.mark.parametrize(("text", "pair"), [
-    ("Question: Who?\nAnswer: the queen.", ("Who?", "the queen")),
-    ('Sure!\nQuestion:  Who ? \n\n Answer: "July 2000"\nMore', ("Who ?", "July 2000")),
-    ("Question: Who?", None), ("Answer: x\nQuestion: y", None), ("Question:\nAnswer: x", None),
+@pytest.mark.parametrize(("text", "pairs"), [
+    ("Question: Who?\nAnswer: the queen.", [("Who?", "the queen")]),
+    ('Sure!\nQuestion:  Who ? \n\n Answer: "July 2000"\nMore', [("Who ?", "July 2000")]),
+    ("1. Question: Who?\nAnswer: `a`\n\nQuestion 2: When?\nAnswer 2: 2000\nQuestion: Cut",
+     [("Who?", "a"), ("When?", "2000")]),
+    ("Question: Who?", []), ("Answer: x\nQuestion: y", []), ("Question:\nAnswer: x", []),
 ])  # fmt: skip
-def test_a_pair_is_read_from_what_a_model_writes(text, pair):
-    assert read_pair(text) == pair
+def test_pairs_are_read_from_what_a_model_writes(text, pairs):
+    assert read_pairs(text) == pairs
+
+
+def test_the_example_of_a_writer_is_what_is_asked_for():
+    title, _, text = documents.EXAMPLE[0].partition("\n")
+    pairs = read_pairs(documents.EXAMPLE[1])
+    passage = Passage("a#0", f'"{title}"', text, 0.0)
+    assert [problem_of(*pair, passage) for pair in pairs] == ["", "", ""]
 
 
 @pytest.mark.parametrize(("question", "answer", "problem"), [
@@ -309,24 +318,24 @@ class Shelf:
 def test_a_question_is_kept_if_it_finds_its_passage():
     first, second = PASSAGE, Passage("b#0", '"T"', "The tower was built by monks", 0.0)
     write = "Question: {}\nAnswer: {}".format
-    drafts = [(first, write("when opened", "July 2000")), (second, write("who built the", "monks")),
-              (second, write("the tower opened it", "monks")), (second, write("nothing", "monks")),
+    three = [write(q, "monks") for q in ("who built the", "the tower opened it", "nothing")]
+    drafts = [(first, write("when opened", "July 2000")), (second, "\n\n".join(three)),
               (first, write("When  opened?", "the queen")), (first, "no")]  # fmt: skip
     rows, dropped = documents.check_pairs(drafts, Shelf([first, second]), 1)
-    assert [(row["id"], row["golden_answers"]) for row in rows] == [("a#0", ["July 2000"])]
+    assert [(row["id"], row["golden_answers"]) for row in rows] == [("a#0/1", ["July 2000"])]
     assert rows[0]["context"] == [
         {"title": "Bridge", "text": first.text, "is_supporting": True}]
     assert dropped == {"the passage is not among the 1 that the question finds": 3,
                        "the question was written before": 1,
                        "no question and answer were written": 1}  # fmt: skip
     rows, _ = documents.check_pairs(drafts, Shelf([first, second]), 2)
-    assert [row["id"] for row in rows] == ["a#0", "b#0", "b#0"]
+    assert [row["id"] for row in rows] == ["a#0/1", "b#0/1", "b#0/2"]
     assert [c["is_supporting"] for c in rows[1]["context"]] == [False, True]
 
 
 @pytest.fixture
 def asked(mini, folder, monkeypatch) -> list[tuple]:
-    """An index of the folder; the calls of a `generate` that writes a pair for each passage."""
+    """An index of the folder; the calls of a `generate` that writes two pairs for a passage."""
     documents.write_index(settings(mini, folder))
     calls = []
 
@@ -336,7 +345,8 @@ def asked(mini, folder, monkeypatch) -> list[tuple]:
         for question in questions:
             text = question.prompt[-1]["content"].rpartition("Passage: ")[2]
             number = text.partition("number ")[2].partition(" ")[0]
-            told = f"Question: what is {question.id}?\nAnswer: number {number}"
+            told = "\n\n".join(f"Question: {word} is {question.id}?\nAnswer: number {number}"
+                               for word in ("what", "which"))
             ids = policy.tokenizer.encode(told)
             episodes.append(Episode(question, [Segment("agent", ids)], "invalid"))
         return episodes
@@ -356,9 +366,10 @@ def test_questions_are_written_checked_and_split_by_passage(mini, folder, asked,
     own = folder.parent / "own"
     learn, test = read_rows(own / "questions.jsonl"), read_rows(own / "test.jsonl")
     num = len(read_rows(own / "corpus.jsonl")) - 1  # one has too few words
-    assert len(learn) + len(test) == num and len(test) > 0.1 * num
-    assert not {row["id"] for row in learn} & {row["id"] for row in test}
-    assert f"kept {num} of {num} pairs" in capsys.readouterr().out
+    assert len(learn) + len(test) == 2 * num and len(test) > 0.2 * num
+    names = [{row["id"].rpartition("/")[0] for row in part} for part in (learn, test)]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == num
+    assert f"kept {2 * num} pairs from {num} passages" in capsys.readouterr().out
     tokenizer = Tokenizer.load(mini / "student")
     episodes = load_episodes(own / "episodes.jsonl", tokenizer, prompt="short")
     assert [e.question.id for e in episodes] == [row["id"] for row in learn]
@@ -399,8 +410,8 @@ def test_pairs_that_were_written_before_an_interruption_are_kept(mini, folder, a
 def test_a_model_that_writes_no_pair_that_holds_is_refused(
     mini, folder, asked, monkeypatch, capsys
 ):
-    monkeypatch.setattr(documents, "read_pair", lambda text: None)
-    with pytest.raises(ValueError, match="none of whose 3 pairs holds.*give a larger model"):
+    monkeypatch.setattr(documents, "read_pairs", lambda text: [])
+    with pytest.raises(ValueError, match="none of whose pairs holds.*give a larger model"):
         documents.write_questions(question_settings(mini, folder, num=3))
     assert "dropped 3: no question and answer" in capsys.readouterr().out
     assert not (folder.parent / "own" / "questions.jsonl").exists()
