@@ -2,10 +2,12 @@
 
     python -m experiments.scale --rows 10000 100000 1000000 --out scale.json
     python -m experiments.scale --rows 10000000 --width 384 --kinds flat sq8 ivf --out scale.json
+    python -m experiments.scale --index DIR --questions FILE --out scale.json     recall, too
 
 Ours are the kinds of `retriever.py build`; ivf and ivfpq are measured without the vectors, from
 which a search would compare its best again. The peers are raw faiss, hnswlib and usearch, where
-they are installed. The vectors are random, so nothing is said of recall (`retriever.py compare`).
+they are installed. Vectors are random, which have no neighbours worth the name, or those of an
+index of kind flat: then the questions' best three are compared with those of the exact search.
 Each index is built and searched in a process of its own, on Linux; what --out holds is not measured
 again.
 
@@ -31,14 +33,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import load_questions
 from experiments.jobs import ROOT
 from experiments.rows import write_json
 from formats.indexes import FaissIndex, faiss_module, read_vectors
 from infra.cli import Parser, reporting
 from infra.files import read_json
 from infra.programs import count
+from model import load_encoder
 from retrieval import build
-from retrieval.compare import BATCHES, disk_bytes, milliseconds
+from retrieval.compare import BATCHES, disk_bytes, milliseconds, recalls
 from retriever import TorchIndex
 
 OURS = ("flat", "sq8", "ivf", "ivfpq")
@@ -46,7 +50,7 @@ PEERS = ("faiss flat", "faiss ivf", "hnswlib", "usearch")
 TOP_K = 3
 PART = 2**16  # vectors that are made, changed or added at once
 LINKS, EFFORT = 16, 100  # of a graph: neighbours of a vector, candidates while it is added
-Search = Callable[[torch.Tensor], Any]  # queries [B, D] -> anything
+Search = Callable[[torch.Tensor], Any]  # queries [B, D] -> rows [B, K]
 
 
 def write_vectors(path: Path, rows: int, width: int) -> None:
@@ -129,27 +133,28 @@ def open_index(kind: str, folder: Path, width: int) -> Search:
         parts = [torch.from_numpy(read_vectors(folder / name))
                  for name in names if (folder / name).is_file()]
         index = TorchIndex(*parts)
-        return lambda queries: index.search(queries, TOP_K)
+        return lambda queries: index.search(queries, TOP_K)[1]
     if kind in OURS:
         index = FaissIndex(folder / "index.faiss")
-        return lambda queries: index.search(queries, TOP_K)
+        return lambda queries: index.search(queries, TOP_K)[1]
     threads, path = torch.get_num_threads(), str(folder / "index")
     if kind == "hnswlib":
         index = import_module("hnswlib").Index("ip", width)
         index.load_index(path)
         index.set_num_threads(threads)
         index.set_ef(EFFORT)
-        return lambda queries: index.knn_query(queries.numpy(), TOP_K)
+        return lambda queries: index.knn_query(queries.numpy(), TOP_K)[0].astype(int)
     if kind == "usearch":
         index = usearch_index(width)
         index.load(path)
         index.expansion_search = EFFORT
-        return lambda queries: index.search(queries.numpy(), TOP_K, threads=threads)
+        return lambda queries: np.asarray(
+            index.search(queries.numpy(), TOP_K, threads=threads).keys).astype(int)
     faiss = faiss_module()
     index = faiss.read_index(f"{path}.faiss")
     if kind == "faiss ivf":
         index.nprobe = min(index.nlist, max(build.MIN_PROBED, index.nlist // build.PROBED))
-    return lambda queries: index.search(queries.numpy(), TOP_K)
+    return lambda queries: index.search(queries.numpy(), TOP_K)[1]
 
 
 def resident(key: str) -> int:
@@ -161,22 +166,35 @@ def resident(key: str) -> int:
     return 1024 * int(status.partition(f"{key}:")[2].split()[0])
 
 
-def search_times(kind: str, folder: Path, width: int) -> dict[str, Any]:
-    """How an index opens and is searched; this process has done nothing else."""
-    queries = torch.randn(max(BATCHES), width, generator=torch.Generator().manual_seed(1))
+def search_times(kind: str, folder: Path, width: int, asked: Path | None,
+                 vectors: Path) -> dict[str, Any]:
+    """How an index opens and is searched; this process has done nothing else.
+
+    asked: a file of queries [Q, D], whose best rows are then compared with the exact ones.
+    """
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(max(BATCHES), width, generator=generator)
+    if asked:
+        queries = torch.from_numpy(np.load(asked))
+    many = queries.repeat(-(-max(BATCHES) // len(queries)), 1)
     before, started = resident("VmRSS"), time.perf_counter()
     search = open_index(kind, folder, width)
     open_s, opened = time.perf_counter() - started, resident("VmRSS")
-    times = {str(batch): milliseconds(lambda size: search(queries[:size]), batch)
+    times = {str(batch): milliseconds(lambda size: search(many[:size]), batch)
              for batch in BATCHES}
-    return {"disk": disk_bytes(folder), "open_s": open_s, "open": opened - before,
-            "searched": resident("VmHWM") - before, "ms": times}
+    result = {"disk": disk_bytes(folder), "open_s": open_s, "open": opened - before,
+              "searched": resident("VmHWM") - before, "ms": times}
+    if asked:
+        exact = TorchIndex(torch.from_numpy(read_vectors(vectors))).search(queries, TOP_K)[1]
+        result["recall"] = {k: recalls(search(queries), exact)[k] for k in (1, TOP_K)}
+    return result
 
 
 # ---- the program ----
 
 
-def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path) -> dict[str, Any]:
+def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path,
+             asked: Path | None = None) -> dict[str, Any]:
     """One index, built and searched by two processes one after the other."""
     about = {"kind": kind, "rows": rows, "width": options.width, "threads": options.threads}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
@@ -184,6 +202,7 @@ def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path) -
             command = [sys.executable, "-m", "experiments.scale", "--step", step, folder,
                        "--vectors", str(vectors), "--kinds", kind, "--rows", str(rows),
                        "--width", str(options.width), "--threads", str(options.threads)]
+            command += ["--asked", str(asked)] if asked else []
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 return {**about, "problem": f"{step} ended with {done.returncode}"}
@@ -198,7 +217,7 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     if kind not in ("flat", "sq8", "hnswlib", "usearch"):
         faiss_module().omp_set_num_threads(options.threads)
     if step == "search":
-        return search_times(kind, folder, options.width)
+        return search_times(kind, folder, options.width, options.asked, options.vectors)
     vectors, started = np.load(options.vectors, mmap_mode="r"), time.perf_counter()
     (build_ours if kind in OURS else build_peer)(kind, vectors, folder)
     return {"build_s": time.perf_counter() - started}
@@ -207,16 +226,17 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results in Markdown, by rows and kind."""
     lines = ["| vectors | kind | build | on disk | open | searched | "
-             + " | ".join(f"{batch} a batch" for batch in BATCHES) + " |",
-             "|---" * (6 + len(BATCHES)) + "|"]
+             + " | ".join(f"{batch} a batch" for batch in BATCHES) + " | recall @1, @3 |",
+             "|---" * (7 + len(BATCHES)) + "|"]
     for result in sorted(results, key=lambda r: (r["width"], r["rows"])):
         cells = [f"{result['rows']:,} x {result['width']}", result["kind"]]
         if "problem" in result:
-            cells += [result["problem"], *[""] * (3 + len(BATCHES))]
+            cells += [result["problem"], *[""] * (4 + len(BATCHES))]
         else:
             sizes = [f"{result[key] / 2**20:,.0f} MiB" for key in ("disk", "open", "searched")]
             times = [f"{result['ms'][str(batch)]:.3g} ms" for batch in BATCHES]
-            cells += [f"{result['build_s']:,.0f} s", *sizes, *times]
+            shares = ", ".join(f"{share:.3f}" for share in result.get("recall", {}).values())
+            cells += [f"{result['build_s']:,.0f} s", *sizes, *times, shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -229,12 +249,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--width", type=count, default=768, help="numbers of a vector, default 768")
     add("--kinds", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS], metavar="KIND",
         help=", ".join(OURS + PEERS))
+    add("--index", type=Path, help="a folder of kind flat, in place of random vectors")
+    add("--questions", nargs="+", default=[], metavar="FILE", help="to search --index for")
     add("--threads", type=count, default=torch.get_num_threads(), help="default: all cores")
     add("--work", help="folder for the files meanwhile (default: that of temporary files)")
     add("--out", type=Path, help="JSON of the results; one that exists is added to")
     add("--step", nargs=2, help=argparse.SUPPRESS)
-    add("--vectors", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    add("--vectors", type=Path, help=argparse.SUPPRESS)
+    add("--asked", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if bool(options.index) != bool(options.questions):
+        parser.error("--index and --questions: got one of them, expected both or none")
+    return options
+
+
+def embed_questions(options: argparse.Namespace, facts: dict[str, Any], path: Path) -> None:
+    """Write the questions' vectors [Q, D] as the index's encoder makes them."""
+    encoder = load_encoder(facts["encoder"], prefixes=facts["prefixes"])
+    texts = [question.question for file in options.questions for question in load_questions(file)]
+    np.save(path, encoder.embed(texts, kind="query").numpy())
 
 
 def main(argv: list[str]) -> None:
@@ -242,18 +275,34 @@ def main(argv: list[str]) -> None:
     if options.step:
         return print(json.dumps(one_step(options)))
     results = read_json(options.out, {"results": []})["results"] if options.out else []
-    keys = ("kind", "rows", "width", "threads")
     results = [result for result in results if "problem" not in result]
-    known = {tuple(result[key] for key in keys) for result in results}
+    facts = {}
+    if options.index:
+        facts = read_json(options.index / "index.json")
+        if facts["kind"] != "flat":
+            raise ValueError(f"--index: got {options.index} of kind {facts['kind']}, expected flat")
+        options.rows, options.width = [facts["rows"]], facts["dim"]
+
+    def key(result: dict[str, Any]) -> tuple:
+        return (*(result[name] for name in ("kind", "rows", "width", "threads")),
+                "recall" in result)
+
+    known = {key(result) for result in results}
     for rows in sorted(options.rows):
-        kinds = [kind for kind in options.kinds
-                 if (kind, rows, options.width, options.threads) not in known]
+        about = {"rows": rows, "width": options.width, "threads": options.threads}
+        about |= {"recall": {}} if facts else {}
+        kinds = [kind for kind in options.kinds if key({**about, "kind": kind}) not in known]
         if not kinds:
             continue
-        with tempfile.NamedTemporaryFile(suffix=".npy", dir=options.work) as file:
-            write_vectors(Path(file.name), rows, options.width)
+        with tempfile.TemporaryDirectory(dir=options.work) as folder:
+            vectors, asked = Path(folder) / "vectors.npy", None
+            if facts:
+                vectors, asked = options.index / "embeddings.npy", Path(folder) / "asked.npy"
+                embed_questions(options, facts, asked)
+            else:
+                write_vectors(vectors, rows, options.width)
             for kind in tqdm(kinds, desc=f"{rows} vectors"):
-                results.append(measured(kind, rows, options, Path(file.name)))
+                results.append(measured(kind, rows, options, vectors, asked))
                 if options.out:
                     write_json(options.out, {"results": results})
     print(table(results))

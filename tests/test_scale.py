@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from data import load_questions
 from experiments import scale
-from retrieval.compare import BATCHES
+from model import load_encoder
+from retrieval import build
+from retrieval.compare import BATCHES, recalls
+from retriever import TorchIndex
 
 ROWS, WIDTH = 400, 16
 
@@ -38,13 +42,10 @@ def test_each_kind_finds_what_it_was_built_from(tmp_path, vectors, kind):
     folder.mkdir()
     (scale.build_ours if kind in scale.OURS else scale.build_peer)(kind, vectors, folder)
     found = scale.open_index(kind, folder, WIDTH)(torch.from_numpy(vectors[:50].astype("f")))
-    if kind == "usearch":
-        found = found.distances, found.keys
-    best = found[0 if kind == "hnswlib" else 1]
-    assert np.asarray(best).shape == (50, 3) and np.asarray(best).max() < ROWS
+    assert found.shape == (50, 3) and found.max() < ROWS
     if kind != "ivfpq":  # the others keep enough of a vector to know it again, among the best
         exact = vectors.astype("f") @ vectors[:50].astype("f").T
-        hits = (np.asarray(best).astype(int) == np.argsort(-exact, axis=0)[:3].T).mean()
+        hits = (found == np.argsort(-exact, axis=0)[:3].T).mean()
         assert hits > 0.9
 
 
@@ -87,3 +88,35 @@ def test_an_index_that_cannot_be_built_is_a_row_and_is_tried_again(tmp_path, mon
     scale.main(argv)
     [result] = json.loads(out.read_text())["results"]
     assert "problem" not in result
+
+
+def test_of_real_vectors_it_says_what_is_found(tmp_path, mini, capsys):
+    index, out = tmp_path / "index", tmp_path / "scale.json"
+    build.build(mini / "corpus.jsonl", str(mini / "encoder"), index)
+    argv = ["--index", str(index), "--questions", str(mini / "questions.jsonl"), "--kinds", "flat",
+            "sq8", "--threads", "1", "--out", str(out), "--work", str(tmp_path)]  # fmt: skip
+    scale.main(argv)
+    vectors = torch.from_numpy(np.load(index / "embeddings.npy"))
+    texts = [question.question for question in load_questions(mini / "questions.jsonl")]
+    queries = load_encoder(mini / "encoder").embed(texts, kind="query")
+    rounded = map(torch.from_numpy, build.to_int8(vectors.float()))
+    best = [kind.search(queries, 3)[1] for kind in (TorchIndex(*rounded), TorchIndex(vectors))]
+    shares = recalls(*best)
+    assert shares[3] < 1
+    results = {result["kind"]: result for result in json.loads(out.read_text())["results"]}
+    assert results["flat"]["recall"] == {"1": 1.0, "3": 1.0}
+    assert results["sq8"]["recall"] == {"1": shares[1], "3": shares[3]}
+    assert results["flat"]["rows"] == len(vectors)
+    assert "| 1.000, 1.000 |" in capsys.readouterr().out
+    random = ["--rows", str(len(vectors)), "--width", str(vectors.shape[1]), "--out", str(out)]
+    scale.main([*random, "--kinds", "flat", "--threads", "1"])  # is no measured one
+    assert len(json.loads(out.read_text())["results"]) == 3
+
+
+def test_an_index_and_questions_go_together_and_are_exact(tmp_path, mini, capsys):
+    with pytest.raises(SystemExit):
+        scale.main(["--index", str(tmp_path)])
+    assert "got one of them" in capsys.readouterr().err
+    build.build(mini / "corpus.jsonl", str(mini / "encoder"), tmp_path / "index", kind="sq8")
+    with pytest.raises(ValueError, match="of kind sq8, expected flat"):
+        scale.main(["--index", str(tmp_path / "index"), "--questions", "q.jsonl"])
