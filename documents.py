@@ -369,11 +369,13 @@ def check_pairs(drafts: Sequence[tuple[Passage, str]], retriever: Retriever,
     found = retriever.search([question for _, _, question, _ in kept], top_k)
     rows = []
     for (passage, name, question, answer), passages in zip(kept, found, strict=True):
-        if passage.id not in [other.id for other in passages]:
+        texts = [other.text for other in passages]
+        if passage.text not in texts:  # documents repeat themselves: the title may be another
             dropped[f"the passage is not among the {top_k} that the question finds"] += 1
             continue
-        context = [{"title": other.name, "text": other.text,
-                    "is_supporting": other.id == passage.id} for other in passages]
+        place = texts.index(passage.text)
+        context = [{"title": other.name, "text": other.text, "is_supporting": number == place}
+                   for number, other in enumerate(passages)]
         rows.append({"id": name, "question": question, "golden_answers": [answer],
                      "context": context})
     return rows, +dropped
@@ -432,8 +434,8 @@ def write_questions(settings: QuestionSettings) -> None:
     if not rows:
         raise ValueError(f"--model: got {settings.model}, none of whose pairs holds "
                          f"(see {out / 'drafts.jsonl'}), expected some; give a larger model")
-    of_passage = [row["id"].rpartition("/")[0].encode() for row in rows]
-    is_test = [zlib.crc32(name) % 1000 < 1000 * settings.test_share for name in of_passage]
+    shown = [next(c["text"] for c in row["context"] if c["is_supporting"]) for row in rows]
+    is_test = [zlib.crc32(text.encode()) % 1000 < 1000 * settings.test_share for text in shown]
     parts = {"questions": [row for row, test in zip(rows, is_test, strict=True) if not test],
              "test": [row for row, test in zip(rows, is_test, strict=True) if test]}
     parts["episodes"] = [demonstration(row, settings.top_k) for row in parts["questions"]]

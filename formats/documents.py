@@ -17,6 +17,8 @@ HIDDEN = {"script", "style", "nav", "header", "footer", "template", "noscript", 
 BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "tr", "table", "section", "article",
           "main", "blockquote", "pre", "br", "hr", "figure", "figcaption", "title", "aside"}
 HEADING = re.compile(r"h[1-6]")
+FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)?(---|\.\.\.)\s*(\n|\Z)", re.DOTALL)  # of YAML
+TITLE = re.compile(r"""^title:[ \t]*(["']?)(.+?)\1[ \t]*$""", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~)")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)")
 
@@ -67,9 +69,16 @@ def read_text(path: Path) -> list[Section]:
 
 
 def read_markdown(path: Path) -> list[Section]:
-    """Sections at headings; a block of code is one paragraph; of links their text is left."""
-    sections, document, fence = [Section("", [""])], "", ""
-    for line in read_characters(path).splitlines():
+    """Sections at headings; a block of code is one paragraph; of links their text is left.
+
+    What stands before the text between lines of "---" is no text, but may name the document.
+    """
+    sections, document, fence, text = [Section("", [""])], "", "", read_characters(path)
+    if front := FRONT_MATTER.match(text):
+        text = text[front.end() :]
+        if title := TITLE.search(front[1] or ""):
+            document = title[2]
+    for line in text.splitlines():
         paragraphs = sections[-1].paragraphs
         if match := FENCE.match(line.lstrip()):
             fence = "" if fence == match[1] else fence or match[1]

@@ -48,6 +48,22 @@ def test_markdown_has_a_section_for_each_heading_and_code_in_one_piece(tmp_path)
         Section("Big one: Small", ["```\n# no heading\n\n[a](b)\n```", "last"])]  # fmt: skip
 
 
+@pytest.mark.parametrize(("front", "title"), [
+    ("---\ntitle: npm-ci\nsection: 1\n---\n\n", "npm-ci"),
+    ('---\r\nsection: 1\r\ntitle: "A: b"\r\n---\r\n', "A: b"),
+    ("---\nsubtitle: x\n...\n", "Use"), ("---\n---\n", "Use"), ("---\ntitle:\n---\n", "Use"),
+    ("", "Use"),
+])  # fmt: skip
+def test_what_stands_before_a_text_of_markdown_may_name_it(tmp_path, front, title):
+    name = "Use" if title == "Use" else f"{title}: Use"
+    assert sections(tmp_path, "a.md", f"{front}# Use\ntext\n") == [Section(name, ["text"])]
+
+
+def test_a_line_at_the_top_of_markdown_is_no_front_matter_without_its_end(tmp_path):
+    found = sections(tmp_path, "a.md", "---\ntitle: no\n\ntext\n")
+    assert found == [Section("a", ["---\ntitle: no", "text"])]
+
+
 PAGE = """<!doctype html><html><head><title>The &amp; book</title><style>p { }</style></head>
 <body><nav><p>Menu<p>Next</nav><p>outside</p><main><h1>The &amp; book</h1><p>One
   <b>bold</b> text<p>two<ul><li>item</ul><h2>Next <i>part</i></h2><pre>a = 1
@@ -328,6 +344,9 @@ def test_a_question_is_kept_if_it_finds_its_passage():
     assert dropped == {"the passage is not among the 1 that the question finds": 3,
                        "the question was written before": 1,
                        "no question and answer were written": 1}  # fmt: skip
+    twins = [first._replace(id="c#0", title='"Other"'), first._replace(id="d#0")]
+    rows, _ = documents.check_pairs(drafts[:1], Shelf(twins), 2)  # the same text elsewhere
+    assert [c["is_supporting"] for c in rows[0]["context"]] == [True, False]
     rows, _ = documents.check_pairs(drafts, Shelf([first, second]), 2)
     assert [row["id"] for row in rows] == ["a#0/1", "b#0/1", "b#0/2"]
     assert [c["is_supporting"] for c in rows[1]["context"]] == [False, True]
@@ -361,13 +380,18 @@ def question_settings(mini, folder: Path, **changes) -> QuestionSettings:
     return QuestionSettings(**{**values, **changes})
 
 
+def supporting(row: dict) -> str:
+    [text] = [c["text"] for c in row["context"] if c["is_supporting"]]
+    return text
+
+
 def test_questions_are_written_checked_and_split_by_passage(mini, folder, asked, capsys):
     documents.write_questions(question_settings(mini, folder))
     own = folder.parent / "own"
     learn, test = read_rows(own / "questions.jsonl"), read_rows(own / "test.jsonl")
     num = len(read_rows(own / "corpus.jsonl")) - 1  # one has too few words
     assert len(learn) + len(test) == 2 * num and len(test) > 0.2 * num
-    names = [{row["id"].rpartition("/")[0] for row in part} for part in (learn, test)]
+    names = [{supporting(row) for row in part} for part in (learn, test)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == num
     assert f"kept {2 * num} pairs from {num} passages" in capsys.readouterr().out
     tokenizer = Tokenizer.load(mini / "student")
