@@ -295,10 +295,9 @@ class Thinking(NamedTuple):
 
 def thinking(ids: Sequence[int], tokenizer: Tokenizer) -> Thinking:
     """The thinking in one agent turn. A token that holds a part of a tag counts for the tag."""
-    closers = tokenizer.containing(">")  # only ">" completes a tag
     num_tokens, begin, is_open = 0, 0, False
     for i, token in enumerate(ids):
-        if token not in closers:
+        if not tokenizer.closes(token):
             continue
         text = tokenizer.decode(ids[begin : i + 1])
         if not is_open and "<think>" in text:

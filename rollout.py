@@ -147,8 +147,6 @@ class Engine:
         self.steps, self.cache, self.device = steps, steps.cache, policy.head.device
         self.head = blocked(policy.head.to(policy.dtype))
         self.num_steps, self.max_rows = 0, steps.cache.rows
-        # All closing tags end in ">", so only a token with that character can complete one.
-        self.closers = policy.tokenizer.containing(">")
         self.search = None  # the one under way, a Future; its result is None if it kept failing
 
     @torch.no_grad()
@@ -229,7 +227,7 @@ class Engine:
         is_full = row.num_cached + 1 >= self.settings.max_context_tokens
         is_cut = is_full or len(turn.ids) >= self.settings.max_new_tokens
         is_over, text, said = is_cut or token in self.tokenizer.end_ids, "", ""
-        if is_over or token in self.closers:
+        if is_over or self.tokenizer.closes(token):
             text = before.opens + self.tokenizer.decode(turn.ids)
             said = record.outside_thoughts(text).partition("<think>")[0]  # an open one hides tags
         if is_over or "</search>" in said or "</answer>" in said:

@@ -599,11 +599,18 @@ def test_llama3_ends_a_turn_with_eot_even_where_eos_token_is_the_end_of_text(
     assert Tokenizer.load(tmp_path).eos_id == turn
 
 
-def test_size_and_containing(tokenizer: Tokenizer) -> None:
+def test_size_and_what_may_close_a_tag(tokenizer: Tokenizer) -> None:
     assert tokenizer.size == tokenizer.full.get_vocab_size()
-    ids = tokenizer.containing(">")
-    assert ids == {tokenizer.full.token_to_id(">"), tokenizer.full.token_to_id("<tool_call>")}
+    for _ in range(2):
+        ids = {token for token in range(tokenizer.size) if tokenizer.closes(token)}
+        assert ids == {tokenizer.full.token_to_id(">"), tokenizer.full.token_to_id("<tool_call>")}
     assert tokenizer.eos_id not in ids  # control tokens decode to nothing
+
+
+def test_a_tag_may_end_anywhere_in_a_token(tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "_closes", {})
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "</answer>!")
+    assert tokenizer.closes(0)
 
 
 # ---- encoder ----

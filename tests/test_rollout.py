@@ -217,13 +217,12 @@ def test_l9_the_token_that_completes_a_tag_is_kept_whole(tokenizer):
         def decode(self, ids):
             return "".join(self.pieces[i] for i in ids if i < len(self.pieces))
 
-        def containing(self, character):
-            return frozenset(i for i, piece in enumerate(self.pieces) if character in piece)
+        def closes(self, token):
+            return ">" in self.pieces[token]
 
     row = rollout.Row(Episode(ask("q"), [Segment("prompt", [0]), Segment("agent", [])]), 0, [0])
     engine = object.__new__(rollout.Engine)
     engine.settings, engine.protocol, engine.tokenizer = RolloutSettings(), SEARCH_R1, Words()
-    engine.closers = engine.tokenizer.containing(">")
     for token in range(len(Words.pieces)):
         assert not row.episode.status
         engine.take(row, token, 0.0)

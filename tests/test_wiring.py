@@ -289,15 +289,6 @@ def test_templates_leave_out_the_line_ends_of_their_blocks(mini, tmp_path):
     assert tokenizer.decode(tokenizer.chat([{"role": "user", "content": "a"}])) == "[a]\n"
 
 
-def test_a_character_is_found_wherever_it_stands_in_a_token():
-    tokenizer = Tokenizer.load(WORLD / "student")
-    texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
-    for character in "a>e":
-        expected = {i for i, text in enumerate(texts) if character in text}
-        assert tokenizer.containing(character) == expected
-    assert any("e" in text and not text.endswith("e") for text in texts)
-
-
 # ---- collapse ----
 
 
