@@ -4,7 +4,7 @@
     python -m experiments.scale --rows 10000000 --width 384 --kinds flat sq8 ivf --out scale.json
     python -m experiments.scale --index DIR --questions FILE --out scale.json     recall, too
 
-Ours are the kinds of `retriever.py build`; ivf and ivfpq are measured without the vectors, from
+Ours are all kinds of `retriever.py build`; those of faiss are measured without the vectors, from
 which a search would compare its best again. The peers are raw faiss, hnswlib and usearch, where
 they are installed. Vectors are random, which have no neighbours worth the name, or those of an
 index of kind flat: then the questions' best three are compared with those of the exact search.
@@ -47,6 +47,7 @@ from retriever import TorchIndex
 
 OURS = ("flat", "sq8", "ivf", "ivfpq")
 PEERS = ("faiss flat", "faiss ivf", "hnswlib", "usearch")
+WITHOUT_LISTS = ("flat", "sq8", "faiss flat", "hnswlib", "usearch")
 TOP_K = 3
 PART = 2**16  # vectors that are made, changed or added at once
 LINKS, EFFORT = 16, 100  # of a graph: neighbours of a vector, candidates while it is added
@@ -127,15 +128,18 @@ def usearch_index(width: int) -> Any:
 # ---- opening and searching ----
 
 
-def open_index(kind: str, folder: Path, width: int) -> Search:
+def open_index(kind: str, folder: Path, width: int, nprobe: int | None = None) -> Search:
+    """nprobe: lists that are searched; None: as many as a build says."""
     if kind in ("flat", "sq8"):
         names = ("embeddings.npy", "scales.npy")
         parts = [torch.from_numpy(read_vectors(folder / name))
                  for name in names if (folder / name).is_file()]
         index = TorchIndex(*parts)
         return lambda queries: index.search(queries, TOP_K)[1]
-    if kind in OURS:
+    if kind not in PEERS:
         index = FaissIndex(folder / "index.faiss")
+        if nprobe:
+            index.probe(nprobe)
         return lambda queries: index.search(queries, TOP_K)[1]
     threads, path = torch.get_num_threads(), str(folder / "index")
     if kind == "hnswlib":
@@ -153,7 +157,8 @@ def open_index(kind: str, folder: Path, width: int) -> Search:
     faiss = faiss_module()
     index = faiss.read_index(f"{path}.faiss")
     if kind == "faiss ivf":
-        index.nprobe = min(index.nlist, max(build.MIN_PROBED, index.nlist // build.PROBED))
+        index.nprobe = nprobe or min(index.nlist,
+                                     max(build.MIN_PROBED, index.nlist // build.PROBED))
     return lambda queries: index.search(queries.numpy(), TOP_K)[1]
 
 
@@ -166,26 +171,26 @@ def resident(key: str) -> int:
     return 1024 * int(status.partition(f"{key}:")[2].split()[0])
 
 
-def search_times(kind: str, folder: Path, width: int, asked: Path | None,
-                 vectors: Path) -> dict[str, Any]:
+def search_times(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """How an index opens and is searched; this process has done nothing else.
 
-    asked: a file of queries [Q, D], whose best rows are then compared with the exact ones.
+    options.asked: a file of queries [Q, D], whose best rows are then compared with the exact ones.
     """
     generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(max(BATCHES), width, generator=generator)
-    if asked:
-        queries = torch.from_numpy(np.load(asked))
+    queries = torch.randn(max(BATCHES), options.width, generator=generator)
+    if options.asked:
+        queries = torch.from_numpy(np.load(options.asked))
     many = queries.repeat(-(-max(BATCHES) // len(queries)), 1)
     before, started = resident("VmRSS"), time.perf_counter()
-    search = open_index(kind, folder, width)
+    search = open_index(kind, folder, options.width, options.nprobe)
     open_s, opened = time.perf_counter() - started, resident("VmRSS")
     times = {str(batch): milliseconds(lambda size: search(many[:size]), batch)
              for batch in BATCHES}
     result = {"disk": disk_bytes(folder), "open_s": open_s, "open": opened - before,
               "searched": resident("VmHWM") - before, "ms": times}
-    if asked:
-        exact = TorchIndex(torch.from_numpy(read_vectors(vectors))).search(queries, TOP_K)[1]
+    if options.asked:
+        vectors = torch.from_numpy(read_vectors(options.vectors))
+        exact = TorchIndex(vectors).search(queries, TOP_K)[1]
         result["recall"] = {k: recalls(search(queries), exact)[k] for k in (1, TOP_K)}
     return result
 
@@ -196,13 +201,15 @@ def search_times(kind: str, folder: Path, width: int, asked: Path | None,
 def measured(kind: str, rows: int, options: argparse.Namespace, vectors: Path,
              asked: Path | None = None) -> dict[str, Any]:
     """One index, built and searched by two processes one after the other."""
-    about = {"kind": kind, "rows": rows, "width": options.width, "threads": options.threads}
+    about = {"kind": kind, "rows": rows, "width": options.width, "threads": options.threads,
+             "nprobe": options.nprobe}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         for step in ("build", "search"):
             command = [sys.executable, "-m", "experiments.scale", "--step", step, folder,
                        "--vectors", str(vectors), "--kinds", kind, "--rows", str(rows),
                        "--width", str(options.width), "--threads", str(options.threads)]
             command += ["--asked", str(asked)] if asked else []
+            command += ["--nprobe", str(options.nprobe)] if options.nprobe else []
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 return {**about, "problem": f"{step} ended with {done.returncode}"}
@@ -217,9 +224,9 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     if kind not in ("flat", "sq8", "hnswlib", "usearch"):
         faiss_module().omp_set_num_threads(options.threads)
     if step == "search":
-        return search_times(kind, folder, options.width, options.asked, options.vectors)
+        return search_times(kind, folder, options)
     vectors, started = np.load(options.vectors, mmap_mode="r"), time.perf_counter()
-    (build_ours if kind in OURS else build_peer)(kind, vectors, folder)
+    (build_peer if kind in PEERS else build_ours)(kind, vectors, folder)
     return {"build_s": time.perf_counter() - started}
 
 
@@ -229,7 +236,9 @@ def table(results: list[dict[str, Any]]) -> str:
              + " | ".join(f"{batch} a batch" for batch in BATCHES) + " | recall @1, @3 |",
              "|---" * (7 + len(BATCHES)) + "|"]
     for result in sorted(results, key=lambda r: (r["width"], r["rows"])):
-        cells = [f"{result['rows']:,} x {result['width']}", result["kind"]]
+        name = result["kind"]
+        name += f", {result['nprobe']} lists" if result.get("nprobe") else ""
+        cells = [f"{result['rows']:,} x {result['width']}", name]
         if "problem" in result:
             cells += [result["problem"], *[""] * (4 + len(BATCHES))]
         else:
@@ -247,8 +256,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", nargs="+", type=count, default=[10_000, 100_000], help="default 10000 100000")
     add("--width", type=count, default=768, help="numbers of a vector, default 768")
-    add("--kinds", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS], metavar="KIND",
-        help=", ".join(OURS + PEERS))
+    add("--kinds", nargs="+", default=[*OURS, *PEERS], metavar="KIND",
+        help=f"by default {', '.join(OURS + PEERS)}; also what a build takes, IVF4096,SQ6 for one")
+    add("--nprobe", type=count, help="lists that a search reads, of kinds that have lists")
     add("--index", type=Path, help="a folder of kind flat, in place of random vectors")
     add("--questions", nargs="+", default=[], metavar="FILE", help="to search --index for")
     add("--threads", type=count, default=torch.get_num_threads(), help="default: all cores")
@@ -260,6 +270,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if bool(options.index) != bool(options.questions):
         parser.error("--index and --questions: got one of them, expected both or none")
+    if options.nprobe and (others := {*options.kinds} & {*WITHOUT_LISTS}):
+        parser.error(f"--nprobe: got kinds without lists ({', '.join(sorted(others))}); drop these")
     return options
 
 
@@ -285,11 +297,12 @@ def main(argv: list[str]) -> None:
 
     def key(result: dict[str, Any]) -> tuple:
         return (*(result[name] for name in ("kind", "rows", "width", "threads")),
-                "recall" in result)
+                result.get("nprobe"), "recall" in result)
 
     known = {key(result) for result in results}
     for rows in sorted(options.rows):
-        about = {"rows": rows, "width": options.width, "threads": options.threads}
+        about = {"rows": rows, "width": options.width, "threads": options.threads,
+                 "nprobe": options.nprobe}
         about |= {"recall": {}} if facts else {}
         kinds = [kind for kind in options.kinds if key({**about, "kind": kind}) not in known]
         if not kinds:

@@ -32,15 +32,14 @@ def test_no_two_vectors_are_the_same_whatever_is_made_at_once(tmp_path, vectors,
     assert len({row.tobytes() for row in np.load(tmp_path / "again.npy")}) == ROWS
 
 
-@pytest.mark.parametrize("kind", ["flat", "sq8", "ivf", "ivfpq", "faiss flat", "faiss ivf",
-                                  "hnswlib", "usearch"])
+@pytest.mark.parametrize("kind", [*scale.OURS, *scale.PEERS, "IVF8,SQ6"])
 def test_each_kind_finds_what_it_was_built_from(tmp_path, vectors, kind):
     needed = {"ivf": "faiss", "ivfpq": "faiss", "usearch": "usearch", "hnswlib": "hnswlib"}
     if kind not in ("flat", "sq8"):
         pytest.importorskip(needed.get(kind, "faiss"))
     folder = tmp_path / "index"
     folder.mkdir()
-    (scale.build_ours if kind in scale.OURS else scale.build_peer)(kind, vectors, folder)
+    (scale.build_peer if kind in scale.PEERS else scale.build_ours)(kind, vectors, folder)
     found = scale.open_index(kind, folder, WIDTH)(torch.from_numpy(vectors[:50].astype("f")))
     assert found.shape == (50, 3) and found.max() < ROWS
     if kind != "ivfpq":  # the others keep enough of a vector to know it again, among the best
@@ -113,7 +112,20 @@ def test_of_real_vectors_it_says_what_is_found(tmp_path, mini, capsys):
     assert len(json.loads(out.read_text())["results"]) == 3
 
 
-def test_an_index_and_questions_go_together_and_are_exact(tmp_path, mini, capsys):
+@pytest.mark.parametrize("kind", ["IVF8,SQ6", "faiss ivf"])
+def test_a_search_of_all_lists_misses_nothing_that_one_of_few_does(tmp_path, vectors, kind):
+    pytest.importorskip("faiss")
+    (scale.build_peer if kind in scale.PEERS else scale.build_ours)(kind, vectors, tmp_path)
+    queries = torch.from_numpy(vectors[:50].astype("f")).roll(1, 1)  # not those that are stored
+    one, every = (scale.open_index(kind, tmp_path, WIDTH, nprobe)(queries) for nprobe in (1, 8))
+    best = np.argsort(-(queries.numpy() @ vectors.astype("f").T), axis=1)[:, :3]
+    assert recalls(every, best)[3] > 0.9 > recalls(one, best)[3]
+
+
+def test_what_is_asked_for_must_fit_together(tmp_path, mini, capsys):
+    with pytest.raises(SystemExit):
+        scale.main(["--nprobe", "4", "--kinds", "ivf", "usearch", "flat"])
+    assert "kinds without lists (flat, usearch)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         scale.main(["--index", str(tmp_path)])
     assert "got one of them" in capsys.readouterr().err
