@@ -73,10 +73,11 @@ real-folders:
 	@$(foreach name,DATA ENCODER STUDENT,$(if $($(name)),,$(error make real: got no $(name), \
 	  expected DATA=FOLDER ENCODER=DIR STUDENT=DIR; docs/results/real.md says what they hold)))
 
-real: real-folders $(STAMP)  ## train and measure SmolLM2 on real questions (DATA= ENCODER= STUDENT=)
+real: real-folders $(STAMP)  ## train and measure on real questions (DATA= ENCODER= STUDENT= [TEACHER=])
 	[ -e runs/real/files/split.json ] || $(PY) -m experiments.real data --data $(DATA) \
 	  --encoder $(ENCODER) --out runs/real/files
-	$(PY) -m experiments.real run --files runs/real/files --student $(STUDENT) --encoder $(ENCODER)
+	$(PY) -m experiments.real run --files runs/real/files --student $(STUDENT) \
+	  $(if $(TEACHER),--teacher $(TEACHER)) --encoder $(ENCODER)
 
 world: $(STAMP)   ## rebuild the shipped world: corpus, questions, encoder, teacher, student
 	$(PY) -m world.build build

@@ -254,15 +254,17 @@ def file_flags(files: Path, encoder: str) -> list[str]:
             "--encoder", encoder]
 
 
-def train_row(name: str, files: Path, encoder: str, student: Path, runs: Path,
-              seed: int = 0) -> list[str]:
+def train_row(name: str, options: Any, seed: int) -> list[str]:
     """Arguments of Python that train a row, or resume its training."""
-    row = ROWS[name]
-    start = runs / f"{row.begins}-{seed}" if row.begins else student
+    row, files, runs = ROWS[name], options.files, options.runs
+    start = options.teacher if name == "teacher" else options.student
+    if row.begins:
+        start = runs / f"{row.begins}-{seed}"
     command = rows.train_command(
         row, PRESETS, student=start, run_dir=runs / f"{name}-{seed}", seed=seed)
     if row.phase != "sft":
-        command += ["--questions", str(files / "train.jsonl"), *file_flags(files, encoder)]
+        command += ["--questions", str(files / "train.jsonl"),
+                    *file_flags(files, options.encoder)]
     if row.phase in ("kd", "dgpo"):
         command += ["--teacher", str(runs / f"teacher-{seed}")]
     episodes = {"teacher": files / "gold.jsonl", "seqkd": runs / f"episodes-{seed}.jsonl",
@@ -278,29 +280,33 @@ def measure_row(label: str, model: Path, files: Path, encoder: str, out: Path) -
 
 
 def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
-    """Training and measuring of these rows, and of the student as it is."""
-    files, encoder, runs, jobs = options.files, options.encoder, options.runs, list[Job]()
+    """Training and measuring of these rows, for each seed, and of the student as it is."""
+    jobs = [measure_job("student", None, "Student", options.student, options)]
     wanted = {need for name in names for need in (name, *NEEDS.get(name, ()))}
     wanted |= {need for name in wanted for need in NEEDS.get(name, ())}
-    for name in ("student", *(name for name in ROWS if name in wanted)):
-        model, record = runs / f"{name}-0", options.records / f"{name}-0.json"
-        label, seed = (ROWS[name].label, 0) if name in ROWS else ("Student", None)
-        if name in ROWS:
-            train = train_row(name, files, encoder, options.student, runs)
-            jobs.append(Job(name, lambda command=train: command, model / "model.safetensors",
-                            NEEDS.get(name, ())))
-        else:
-            model = options.student
-        out = runs / f"eval-{name}-0"
-        measure = measure_row(label, model, files, encoder, out)
-
-        def keep(values: tuple = (name, seed, model, out, record)) -> None:
-            write_record(*values)
-            add_ends(out=values[3], record=values[4])
-
-        jobs.append(Job(f"eval {name}", lambda command=measure: command, record,
-                        (name,) if name in ROWS else (), after=keep))
+    for seed in options.seeds:
+        for name in (name for name in ROWS if name in wanted):
+            model = options.runs / f"{name}-{seed}"
+            train = train_row(name, options, seed)
+            needs = tuple(f"{need} {seed}" for need in NEEDS.get(name, ()))
+            jobs.append(Job(f"{name} {seed}", lambda command=train: command,
+                            model / "model.safetensors", needs))
+            jobs.append(measure_job(name, seed, ROWS[name].label, model, options))
     return jobs
+
+
+def measure_job(name: str, seed: int | None, label: str, model: Path, options: Any) -> Job:
+    """seed None: a model that no row trains."""
+    run = name if seed is None else f"{name} {seed}"
+    out = options.runs / f"eval-{name}-{seed or 0}"
+    record = options.records / f"{name}-{seed or 0}.json"
+    command = measure_row(label, model, options.files, options.encoder, out)
+
+    def keep() -> None:
+        write_record(name, seed, model, out, record)
+        add_ends(out, record)
+
+    return Job(f"eval {run}", lambda: command, record, () if seed is None else (run,), after=keep)
 
 
 def end_of(row: Record, episode: Record) -> str:
@@ -371,6 +377,9 @@ def parse(argv: Sequence[str]) -> Any:
     data.add_argument("--out", type=Path, required=True, help="new folder")
     run.add_argument("--files", type=Path, required=True, help="folder that `data` has written")
     run.add_argument("--student", type=Path, required=True, help="checkpoint")
+    run.add_argument("--teacher", type=Path, help="what becomes the teacher: a checkpoint with "
+                     "the student's tokens; default: the student")
+    run.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     for command in (data, run):
         command.add_argument("--encoder", required=True, help="checkpoint of the passage encoder")
     for command in (run, show):
@@ -380,7 +389,9 @@ def parse(argv: Sequence[str]) -> Any:
     run.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                      help=", ".join(ROWS))
     options = parser.parse_args(argv)
-    for name in ("data", "out", "files", "student", "runs"):
+    if "student" in options:
+        options.teacher = options.teacher or options.student
+    for name in ("data", "out", "files", "student", "teacher", "runs"):
         if name in options:  # commands run from the project's folder
             setattr(options, name, getattr(options, name).resolve())
     if "runs" in options:

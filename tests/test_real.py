@@ -195,7 +195,8 @@ def test_data_writes_corpus_index_questions_and_demonstrations(mini, tmp_path, c
 
 def options(tmp_path: Path, rows: tuple[str, ...] = tuple(real.ROWS)) -> SimpleNamespace:
     return SimpleNamespace(files=tmp_path / "files", encoder="ENC", student=tmp_path / "student",
-                           runs=tmp_path / "runs", records=tmp_path / "records", rows=rows)
+                           teacher=tmp_path / "large", runs=tmp_path / "runs", seeds=[0],
+                           records=tmp_path / "records", rows=rows)
 
 
 def flag(command: list[str], name: str) -> str:
@@ -204,19 +205,19 @@ def flag(command: list[str], name: str) -> str:
 
 
 @pytest.mark.parametrize(("row", "phase", "student", "teacher", "episodes", "questions"), [
-    ("teacher", "sft", "student", "", "gold.jsonl", ""),
-    ("seqkd", "sft", "student", "", "episodes-0.jsonl", ""),
-    ("kd", "kd", "student", "teacher-0", "episodes-0.jsonl", "train.jsonl"),
-    ("ppo", "ppo", "kd-0", "", "", "train.jsonl"),
-    ("dgpo", "dgpo", "kd-0", "teacher-0", "", "train.jsonl"),
+    ("teacher", "sft", "large", "", "gold.jsonl", ""),
+    ("seqkd", "sft", "student", "", "episodes-2.jsonl", ""),
+    ("kd", "kd", "student", "teacher-2", "episodes-2.jsonl", "train.jsonl"),
+    ("ppo", "ppo", "kd-2", "", "", "train.jsonl"),
+    ("dgpo", "dgpo", "kd-2", "teacher-2", "", "train.jsonl"),
 ])
 def test_a_row_begins_from_its_model_and_learns_from_its_files(
         tmp_path, row, phase, student, teacher, episodes, questions):
-    o = options(tmp_path)
-    command = real.train_row(row, o.files, o.encoder, o.student, o.runs)
+    command = real.train_row(row, options(tmp_path), 2)
     names = ("--phase", "--student", "--teacher", "--episodes", "--questions", "--run-dir")
     assert [flag(command, name) for name in names] == [
-        phase, student, teacher, episodes, questions, f"{row}-0"]
+        phase, student, teacher, episodes, questions, f"{row}-2"]
+    assert command[command.index("--seed") + 1] == "2"
     assert ("--index" in command) == bool(questions)
 
 
@@ -228,14 +229,32 @@ def test_a_model_is_measured_on_the_test_questions_alone(tmp_path):
 
 def test_an_asked_row_brings_the_rows_that_it_needs(tmp_path):
     jobs = {job.name: job for job in real.row_jobs(("dgpo",), options(tmp_path))}
-    assert list(jobs) == ["eval student", "teacher", "eval teacher", "kd", "eval kd", "dgpo",
-                          "eval dgpo"]
-    assert jobs["dgpo"].needs == ("kd",) and jobs["kd"].needs == ("teacher",)
-    assert jobs["eval kd"].needs == ("kd",) and jobs["eval student"].needs == ()
-    assert flag(jobs["eval kd"].command(), "--model") == "kd-0"
+    assert list(jobs) == ["eval student", "teacher 0", "eval teacher 0", "kd 0", "eval kd 0",
+                          "dgpo 0", "eval dgpo 0"]
+    assert jobs["dgpo 0"].needs == ("kd 0",) and jobs["kd 0"].needs == ("teacher 0",)
+    assert jobs["eval kd 0"].needs == ("kd 0",) and jobs["eval student"].needs == ()
+    assert flag(jobs["eval kd 0"].command(), "--model") == "kd-0"
     assert flag(jobs["eval student"].command(), "--model") == "student"
-    assert jobs["eval kd"].done.name == "kd-0.json"
-    assert "--episodes" in jobs["eval kd"].command()  # how they end is counted
+    assert jobs["eval kd 0"].done.name == "kd-0.json"
+    assert "--episodes" in jobs["eval kd 0"].command()  # how they end is counted
+
+
+def test_a_seed_has_rows_of_its_own_and_all_have_one_student(tmp_path):
+    o = options(tmp_path)
+    o.seeds = [0, 1]
+    jobs = {job.name: job for job in real.row_jobs(("kd",), o)}
+    assert list(jobs) == ["eval student", "teacher 0", "eval teacher 0", "kd 0", "eval kd 0",
+                          "teacher 1", "eval teacher 1", "kd 1", "eval kd 1"]
+    assert jobs["kd 1"].needs == ("teacher 1",)
+    assert flag(jobs["kd 1"].command(), "--teacher") == "teacher-1"
+    assert flag(jobs["eval kd 1"].command(), "--out") == "eval-kd-1"
+    assert jobs["eval kd 1"].done.name == "kd-1.json"
+
+
+@pytest.mark.parametrize("given", [[], ["--teacher", "large"]])
+def test_the_teacher_is_a_copy_of_the_student_unless_another_is_given(given):
+    o = real.parse(["run", "--files", "f", "--student", "small", "--encoder", "e", *given])
+    assert o.teacher.name == (given or ["", "small"])[1] and o.seeds == [0]
 
 
 # ---- how episodes end ----
