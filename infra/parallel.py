@@ -30,6 +30,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+# oneDNN compiles a product of bf16 for each shape, and keeps 1,024 of some MB by default.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 
 def pick_device(name: str) -> str:
     """The device that --device names, if it is there; auto means cuda if there is one, else cpu."""

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_precision.py
 """
 
 import math
+import os
 import shutil
 
 import pytest
@@ -27,6 +28,11 @@ from tests.support.runs import Spy, policies, run
 BF16 = 2**-8  # half of its last place, relative
 MAX_SAMPLER_GAP = 0.02  # mean, nats a token: of two layers
 FLAGS = ["--steps", "2", "--prompts-per-step", "8", "--minibatch-size", "4", "--eval-every", "2"]
+
+
+def test_a_process_bounds_what_onednn_keeps_of_each_shape():
+    """By default 1,024 products, which grew to 5 GB in a run of SmolLM2-135M on a CPU."""
+    assert int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")) < 1024
 
 
 def gradients(decoder: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
