@@ -96,7 +96,8 @@ class TorchIndex:
             num_rows, room = max(1, min(GPU_ROWS, GPU_SCORES // (2 * len(queries)))), ()
         else:
             num_rows = min(num_rows, self.num_rows)
-            room = torch.empty(num_rows, self.width), torch.empty(len(queries), num_rows)
+            sizes = (num_rows, self.width), (len(queries), num_rows)
+            room = [torch.empty(size, device=queries.device) for size in sizes]
         for start in range(0, self.num_rows, num_rows):
             tile = slice(start, start + num_rows)
             products = inner_products(queries, self.vectors[tile], room)  # [B, C]

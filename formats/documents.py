@@ -17,7 +17,8 @@ HIDDEN = {"script", "style", "nav", "header", "footer", "template", "noscript", 
 BLOCKS = {"p", "div", "li", "ul", "ol", "dl", "dt", "dd", "tr", "table", "section", "article",
           "main", "blockquote", "pre", "br", "hr", "figure", "figcaption", "title", "aside"}
 HEADING = re.compile(r"h[1-6]")
-FRONT_MATTER = re.compile(r"---\s*\n(.*?\n)?(---|\.\.\.)\s*(\n|\Z)", re.DOTALL)  # of YAML
+# Settings of YAML between two lines; text between two rules is text.
+FRONT_MATTER = re.compile(r"---\s*\n([\w-]+:.*?\n)?(---|\.\.\.)\s*(\n|\Z)", re.DOTALL)
 TITLE = re.compile(r"""^title:[ \t]*(["']?)(.+?)\1[ \t]*$""", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~)")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)")

@@ -59,9 +59,9 @@ def test_what_stands_before_a_text_of_markdown_may_name_it(tmp_path, front, titl
     assert sections(tmp_path, "a.md", f"{front}# Use\ntext\n") == [Section(name, ["text"])]
 
 
-def test_a_line_at_the_top_of_markdown_is_no_front_matter_without_its_end(tmp_path):
-    found = sections(tmp_path, "a.md", "---\ntitle: no\n\ntext\n")
-    assert found == [Section("a", ["---\ntitle: no", "text"])]
+@pytest.mark.parametrize("text", ["---\ntitle: no\n\ntext", "---\nA rule: no\n\n---\ntext"])
+def test_a_line_at_the_top_of_markdown_does_not_hide_text(tmp_path, text):
+    assert sections(tmp_path, "a.md", text) == [Section("a", text.split("\n\n"))]
 
 
 PAGE = """<!doctype html><html><head><title>The &amp; book</title><style>p { }</style></head>
