@@ -177,7 +177,7 @@ def our_engine(decoder: Decoder, work: Work) -> Tokens:
 
     tokenizer = SimpleNamespace(
         size=decoder.config.vocab_size, eos_id=-1, end_ids=frozenset(), pad_id=0,
-        containing=lambda text: frozenset(), encode=lambda text, own: [], decode=lambda ids: "",
+        closes=lambda token: False, encode=lambda text, own: [], decode=lambda ids: "",
         chat=lambda messages: list(messages[0]["content"]))
     settings = RolloutSettings(
         max_turns=0, max_new_tokens=longest, max_context_tokens=max_context_tokens,
