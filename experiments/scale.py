@@ -254,8 +254,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("experiments.scale", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", nargs="+", type=count, default=[10_000, 100_000], help="default 10000 100000")
-    add("--width", type=count, default=768, help="numbers of a vector, default 768")
+    add("--rows", nargs="+", type=count, help="default 10000 100000")
+    add("--width", type=count, help="numbers of a vector, default 768")
     add("--kinds", nargs="+", default=[*OURS, *PEERS], metavar="KIND",
         help=f"by default {', '.join(OURS + PEERS)}; also what a build takes, IVF4096,SQ6 for one")
     add("--nprobe", type=count, help="lists that a search reads, of kinds that have lists")
@@ -270,6 +270,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if bool(options.index) != bool(options.questions):
         parser.error("--index and --questions: got one of them, expected both or none")
+    if options.index and (options.rows or options.width):
+        parser.error("--index: got --rows or --width beside it, which it has itself; drop these")
+    options.rows, options.width = options.rows or [10_000, 100_000], options.width or 768
     if options.nprobe and (others := {*options.kinds} & {*WITHOUT_LISTS}):
         parser.error(f"--nprobe: got kinds without lists ({', '.join(sorted(others))}); drop these")
     return options

@@ -127,6 +127,9 @@ def test_what_is_asked_for_must_fit_together(tmp_path, mini, capsys):
         scale.main(["--nprobe", "4", "--kinds", "ivf", "usearch", "flat"])
     assert "kinds without lists (flat, usearch)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        scale.main(["--index", str(tmp_path), "--questions", "q.jsonl", "--rows", "5"])
+    assert "which it has itself" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         scale.main(["--index", str(tmp_path)])
     assert "got one of them" in capsys.readouterr().err
     build.build(mini / "corpus.jsonl", str(mini / "encoder"), tmp_path / "index", kind="sq8")
