@@ -216,7 +216,8 @@ def test_too_many_too_long_and_too_late_questions_are_refused(opened):
     wait_until(lambda: not door.engine.waiting and not door.engine.playing)
     status, reply = door.ask("ask-long")
     assert status == 503 and "within 0.5 s" in reply["error"]
-    wait_until(lambda: door.engine.counts == {"left": 2})
+    # The one that waited has played too, if it came later than the row was free.
+    wait_until(lambda: door.engine.counts in ({"left": 2}, {"left": 3}))
     status, reply = door.ask("ask-b " + 1500 * "x")
     assert status == 400 and "expected less than --max-context-tokens 900" in reply["error"]
     for client in clients:
