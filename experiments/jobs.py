@@ -1,8 +1,8 @@
 """Jobs of an experiment: commands of this project, run side by side, each of them once.
 
-An experiment that was interrupted goes on where it stopped when it is called again. Each process
-has one thread, because the models of the embedded world gain little from a second one. So two jobs
-run beside each other on two cores, or one job in two processes.
+An experiment that was interrupted goes on where it stopped when it is called again. A process has
+one thread, because the models of the embedded world gain little from a second one. So two jobs run
+beside each other on two cores, or one job in two processes. A job may ask for more threads.
 """
 
 import os
@@ -31,6 +31,7 @@ class Job:
     needs: tuple[str, ...] = ()  # names of jobs
     cores: int = 1
     after: Callable[[], None] | None = None  # called here once the command has ended well
+    threads: int = 1  # of a process; no more than its share of the cores
 
 
 def torchrun(processes: int) -> list[str]:
@@ -102,7 +103,7 @@ def run_job(job: Job, logs: Path, started: float) -> None:
     print(f"[{time.perf_counter() - started:5.0f} s] {job.name}: {text}", flush=True)
     log = logs / f"{job.name.replace(' ', '-')}.log"
     with log.open("w") as file:
-        status = run_python(command, file) if command else 0
+        status = run_python(command, file, job.threads) if command else 0
     if (job.done.parent / "collapse.txt").exists():
         status = 0  # the run left its best weights, and they are its result
     if status == 0 and job.after:
@@ -114,9 +115,9 @@ def run_job(job: Job, logs: Path, started: float) -> None:
         )
 
 
-def run_python(arguments: list[str], output: object) -> int:
-    """Run Python with one thread, from the project's folder; returns its exit status."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run_python(arguments: list[str], output: object, threads: int = 1) -> int:
+    """Run Python from the project's folder; returns its exit status."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment

@@ -2,6 +2,7 @@
 
     python -m experiments.real data --data FOLDER --encoder DIR --out DIR
     python -m experiments.real run --files DIR --student DIR --encoder DIR
+    python -m experiments.real run ... --presets real-cpu --rows kd --first 50    two cores, an hour
     python -m experiments.real report
 
 `data` merges the passages of FOLDER to one corpus and indexes it. It splits the questions once, by
@@ -31,13 +32,14 @@ import numpy as np
 import eval as evaluation
 from data import Passage, hit, normalize_answer
 from experiments import rows
-from experiments.jobs import ROOT, Job, run_jobs
+from experiments.jobs import CORES, ROOT, Job, run_jobs
 from experiments.reproduce import write_record
 from experiments.rows import Record, Row, config_flags, write_json
 from formats.corpora import split_contents
 from infra.cli import Parser, reporting
 from infra.files import read_rows
 from infra.parallel import pick_device
+from infra.programs import count
 from retriever import Retriever
 from world.demonstrate import demonstration
 
@@ -50,7 +52,7 @@ TEST_SHARE, VALIDATION_SHARE = 0.45, 0.1  # of NQ and TriviaQA; the second also 
 FOUND, SHOWN, MAX_HOPS = 10, 3, 3  # passages looked at, shown by a search; searches shown at most
 ROWS = {
     "teacher": Row("Teacher (sft)", "sft"),
-    "seqkd": Row("SeqKD", "sft"),
+    "seqkd": Row("SeqKD", "sft", flags=("--epochs", "4")),  # as many as kd's
     "kd": Row("KD", "kd"),
     "ppo": Row("PPO from KD", "ppo", begins="kd"),
     "dgpo": Row("DGPO, exact", "dgpo", begins="kd"),
@@ -261,7 +263,7 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     if row.begins:
         start = runs / f"{row.begins}-{seed}"
     command = rows.train_command(
-        row, PRESETS, student=start, run_dir=runs / f"{name}-{seed}", seed=seed)
+        row, options.presets, student=start, run_dir=runs / f"{name}-{seed}", seed=seed)
     if row.phase != "sft":
         command += ["--questions", str(files / "train.jsonl"),
                     *file_flags(files, options.encoder)]
@@ -272,11 +274,28 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     return command + (["--episodes", str(episodes[name])] if name in episodes else [])
 
 
-def measure_row(label: str, model: Path, files: Path, encoder: str, out: Path) -> list[str]:
+def measure_row(label: str, model: Path, options: Any, out: Path) -> list[str]:
     """Arguments of Python that measure a model on the test questions, greedily."""
-    return ["eval.py", *config_flags(PRESETS), "--model", str(model), "--name", label,
-            "--questions", str(files / "test.jsonl"), "--dtype", "bfloat16", "--out", str(out),
-            "--episodes", *file_flags(files, encoder)]
+    return ["eval.py", *config_flags(options.presets), "--model", str(model), "--name", label,
+            "--questions", str(test_file(options)), "--dtype", "bfloat16", "--out", str(out),
+            "--episodes", *file_flags(options.files, options.encoder)]
+
+
+def test_file(options: Any) -> Path:
+    """The test questions, or a file of the first of each set."""
+    whole = options.files / "test.jsonl"
+    return options.runs / f"test-{options.first}.jsonl" if options.first else whole
+
+
+def write_first(options: Any) -> None:
+    """Write the first `options.first` test questions of each set, if only these are asked."""
+    if options.first:
+        of_set = dict[str, list[Record]]()
+        for row in rows.read_lines(options.files / "test.jsonl"):
+            of_set.setdefault(row["dataset"], []).append(row)
+        options.runs.mkdir(parents=True, exist_ok=True)
+        write_lines(test_file(options),
+                    [row for kept in of_set.values() for row in kept[: options.first]])
 
 
 def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
@@ -290,7 +309,8 @@ def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
             train = train_row(name, options, seed)
             needs = tuple(f"{need} {seed}" for need in NEEDS.get(name, ()))
             jobs.append(Job(f"{name} {seed}", lambda command=train: command,
-                            model / "model.safetensors", needs))
+                            model / "model.safetensors", needs, options.threads,
+                            threads=options.threads))
             jobs.append(measure_job(name, seed, ROWS[name].label, model, options))
     return jobs
 
@@ -300,13 +320,14 @@ def measure_job(name: str, seed: int | None, label: str, model: Path, options: A
     run = name if seed is None else f"{name} {seed}"
     out = options.runs / f"eval-{name}-{seed or 0}"
     record = options.records / f"{name}-{seed or 0}.json"
-    command = measure_row(label, model, options.files, options.encoder, out)
+    command = measure_row(label, model, options, out)
 
     def keep() -> None:
-        write_record(name, seed, model, out, record)
+        write_record(name, seed, model, out, record, threads=options.threads)
         add_ends(out, record)
 
-    return Job(f"eval {run}", lambda: command, record, () if seed is None else (run,), after=keep)
+    return Job(f"eval {run}", lambda: command, record, () if seed is None else (run,),
+               options.threads, keep, options.threads)
 
 
 def end_of(row: Record, episode: Record) -> str:
@@ -379,23 +400,36 @@ def parse(argv: Sequence[str]) -> Any:
     run.add_argument("--student", type=Path, required=True, help="checkpoint")
     run.add_argument("--teacher", type=Path, help="what becomes the teacher: a checkpoint with "
                      "the student's tokens; default: the student")
+    run.add_argument("--presets", nargs="+", default=[], metavar="NAME",
+                     help="further files of configs/, such as real-cpu; later ones win")
+    run.add_argument("--first", type=count, metavar="N",
+                     help="test questions of each set; default: all")
     run.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     for command in (data, run):
         command.add_argument("--encoder", required=True, help="checkpoint of the passage encoder")
     for command in (run, show):
         command.add_argument("--runs", type=Path, default=ROOT / "runs" / "real",
                              help="default runs/real")
-        command.add_argument("--records", type=Path, help="default: records, in that of runs")
+        command.add_argument("--records", type=Path, help="default: records, in that of runs; "
+                             "records-N with --first N")
     run.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                      help=", ".join(ROWS))
     options = parser.parse_args(argv)
     if "student" in options:
         options.teacher = options.teacher or options.student
+        options.presets = (*PRESETS, *options.presets)
+        for name in options.presets:
+            if not (ROOT / "configs" / f"{name}.toml").is_file():
+                parser.error(f"--presets: got {name}, expected a file configs/{name}.toml")
+        # Beside a GPU two jobs run at a time. On a CPU one takes all cores.
+        options.threads = CORES if pick_device("auto") == "cpu" else 1
     for name in ("data", "out", "files", "student", "teacher", "runs"):
         if name in options:  # commands run from the project's folder
             setattr(options, name, getattr(options, name).resolve())
     if "runs" in options:
-        options.records = options.records or options.runs / "records"
+        first = getattr(options, "first", None)
+        options.records = options.records or options.runs / (
+            f"records-{first}" if first else "records")
     return options
 
 
@@ -404,6 +438,7 @@ def main(argv: list[str]) -> None:
     if options.command == "data":
         return prepare(options.data, options.encoder, options.out)
     if options.command == "run":
+        write_first(options)
         run_jobs(row_jobs(options.rows, options), options.runs / "logs")
     print(report(options.records))
 

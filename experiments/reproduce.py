@@ -319,13 +319,13 @@ def measure_jobs(pair: Pair, name: str, seed: int | None, label: str, model: Pat
 
 
 def write_record(name: str, seed: int | None, model: Path, out: Path, record: Path, *,
-                 has_curve: bool = True) -> None:
-    """Write what tables, intervals and plots need of a run."""
+                 has_curve: bool = True, threads: int = 1) -> None:
+    """Write what tables, intervals and plots need of a run. threads: of its processes."""
     correct: dict[str, str] = {}
     for row in read_lines(out / "result.jsonl"):
         correct[row["set"]] = correct.get(row["set"], "") + str(int(row["em"]))
     result = read_json(out / "result.json")
-    result.update(rows.row_record(name, seed), correct=correct)
+    result.update(rows.row_record(name, seed, threads), correct=correct)
     if (out / "arcap.json").exists():
         result["arcap"] = read_json(out / "arcap.json")["arcap"]
     if (model / "run.json").exists():

@@ -135,10 +135,11 @@ def recorded_rows(folder: Path, command: str) -> dict[str, list[Record]]:
     return records
 
 
-def row_record(row: str, seed: int | None) -> Record:
+def row_record(row: str, seed: int | None, threads: int = 1) -> Record:
     """The keys of every record; seed None: nothing was trained, and all seeds share the record."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    machine = f"{gpu}{os.cpu_count()} cores, {platform.machine()}, one thread a process"
+    machine = (f"{gpu}{os.cpu_count()} cores, {platform.machine()}, "
+               f"{'one thread' if threads == 1 else f'{threads} threads'} a process")
     return {"row": row, "seed": seed, "machine": machine}
 
 

@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_real.py
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,7 +197,8 @@ def test_data_writes_corpus_index_questions_and_demonstrations(mini, tmp_path, c
 def options(tmp_path: Path, rows: tuple[str, ...] = tuple(real.ROWS)) -> SimpleNamespace:
     return SimpleNamespace(files=tmp_path / "files", encoder="ENC", student=tmp_path / "student",
                            teacher=tmp_path / "large", runs=tmp_path / "runs", seeds=[0],
-                           records=tmp_path / "records", rows=rows)
+                           records=tmp_path / "records", rows=rows, presets=real.PRESETS,
+                           first=None, threads=1)
 
 
 def flag(command: list[str], name: str) -> str:
@@ -222,7 +224,7 @@ def test_a_row_begins_from_its_model_and_learns_from_its_files(
 
 
 def test_a_model_is_measured_on_the_test_questions_alone(tmp_path):
-    command = real.measure_row("KD", tmp_path / "kd-0", tmp_path, "ENC", tmp_path / "out")
+    command = real.measure_row("KD", tmp_path / "kd-0", options(tmp_path), tmp_path / "out")
     assert flag(command, "--questions") == "test.jsonl" and flag(command, "--model") == "kd-0"
     assert flag(command, "--index") == "index" and flag(command, "--corpus") == "corpus.jsonl"
 
@@ -249,6 +251,49 @@ def test_a_seed_has_rows_of_its_own_and_all_have_one_student(tmp_path):
     assert flag(jobs["kd 1"].command(), "--teacher") == "teacher-1"
     assert flag(jobs["eval kd 1"].command(), "--out") == "eval-kd-1"
     assert jobs["eval kd 1"].done.name == "kd-1.json"
+
+
+def test_seqkd_takes_as_many_epochs_as_kd():
+    preset = tomllib.loads((ROOT / "configs" / "real-smollm2.toml").read_text())
+    assert real.ROWS["seqkd"].flags == ("--epochs", str(preset["kd"]["epochs"]))
+
+
+def test_the_first_test_questions_of_each_set_are_measured(tmp_path):
+    o = options(tmp_path)
+    o.first, o.files = 2, tmp_path
+    rows = [{"id": f"{name}{i}", "dataset": name} for i in range(3) for name in ("nq", "musique")]
+    write_rows(tmp_path / "test.jsonl", rows)
+    real.write_first(o)
+    command = real.measure_row("KD", tmp_path / "kd-0", o, tmp_path / "out")
+    kept = Path(command[command.index("--questions") + 1])
+    assert [row["id"] for row in real.rows.read_lines(kept)] == ["nq0", "nq1", "musique0",
+                                                                 "musique1"]
+
+
+def test_presets_are_added_and_rows_of_fewer_questions_have_records_of_their_own():
+    words = ["run", "--files", "f", "--student", "s", "--encoder", "e", "--runs", "r"]
+    o = real.parse([*words, "--presets", "real-cpu", "--first", "5"])
+    assert o.presets == ("real-smollm2", "real-cpu") and o.records.name == "records-5"
+    assert real.parse(words).records.name == "records"
+    command = real.train_row("dgpo", o, 0)
+    last = command.index("--phase")
+    assert [Path(name).name for name in command[2:last]] == ["real-smollm2.toml", "real-cpu.toml"]
+
+
+def test_a_preset_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        real.parse(["run", "--files", "f", "--student", "s", "--encoder", "e", "--presets", "big"])
+    assert "got big, expected a file configs/big.toml" in capsys.readouterr().err
+
+
+def test_on_a_cpu_a_job_takes_all_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "pick_device", lambda name: "cpu")
+    words = ["run", "--files", "f", "--student", "s", "--encoder", "e"]
+    jobs = real.row_jobs(("kd",), real.parse(words))
+    assert {(job.cores, job.threads) for job in jobs} == {(real.CORES, real.CORES)}
+    monkeypatch.setattr(real, "pick_device", lambda name: "cuda")
+    jobs = real.row_jobs(("kd",), real.parse(words))
+    assert {(job.cores, job.threads) for job in jobs} == {(1, 1)}
 
 
 @pytest.mark.parametrize("given", [[], ["--teacher", "large"]])
