@@ -244,7 +244,7 @@ class Bench:
         benches = read_json(path, {})
         benches[self.name] = {**self.about, "rows": list(self.rows.values())}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(benches, indent=1) + "\n"
+        text = json.dumps(benches, separators=(",", ":")) + "\n"
         write_aside(path, lambda partial: partial.write_text(text))
 
 

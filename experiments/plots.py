@@ -98,21 +98,23 @@ def plot_rewards(out: str | Path, *, budget: int = 100) -> None:
 
 
 def plot_growth(rows: Sequence[dict], out: str | Path) -> None:
-    """Draw time and memory against size, both axes logarithmic.
+    """Draw time and memory over those of the smallest size against size, all logarithmic.
 
     Along the dotted line twice the size costs twice as much. rows: of the bench "growth", measured.
     """
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    size = (3.4 * len(names), 6)
-    figure, panels = load_pyplot().subplots(2, len(names), figsize=size, squeeze=False)
-    for line, key in zip(panels, ("seconds", "peak_bytes"), strict=True):
-        for panel, name in zip(line, names, strict=True):
-            x = [row["x"] for row in rows if row["axis"] == name]
-            y = [row.get(key, 0) for row in rows if row["axis"] == name]
-            in_proportion = [y[0] * size / x[0] for size in x]
-            panel.loglog(x, y, "o-", x, in_proportion, "k:")
-            panel.set(xlabel=name, ylabel=key)
-            panel.tick_params(axis="x", which="minor", labelbottom=False)
+    figure, panels = load_pyplot().subplots(
+        1, len(names), figsize=(2.4 * len(names), 2.6), sharey=True, squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        of_axis = [row for row in rows if row["axis"] == name]
+        x = [row["x"] for row in of_axis]
+        panel.loglog(x, [size / x[0] for size in x], "k:", base=2)
+        for key, style, label in (("seconds", "o-", "time"), ("peak_bytes", "s--", "memory")):
+            y = [row.get(key, 0) for row in of_axis]
+            panel.loglog(x, [cost / y[0] for cost in y], style, label=label, markersize=4, base=2)
+        panel.set(xlabel=name)
+    panels[0, 0].set(ylabel="times that of the smallest")
+    panels[0, 0].legend(fontsize=7)
     figure.tight_layout()
     save(figure, out)
 

@@ -597,12 +597,14 @@ def test_growth_is_drawn_for_each_axis_by_its_own_sizes(monkeypatch):
     pytest.importorskip("matplotlib")
     pyplot, figures = curves.load_pyplot(), []
     monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
-    rows = [{"axis": axis, "x": x, "seconds": 3 * x, "peak_bytes": 8}
+    rows = [{"axis": axis, "x": x, "seconds": 3 * x**2, "peak_bytes": 8}
             for axis, x in (("a", 1), ("a", 2), ("b", 9))]
     plots.plot_growth(rows, "x.png")
     a, b = figures[0].axes[:2]
-    assert a.lines[0].get_xydata().tolist() == [[1, 3], [2, 6]]
-    assert b.lines[0].get_xydata().tolist() == [[9, 27]]
+    in_proportion, seconds, memory = (line.get_xydata().tolist() for line in a.lines)
+    assert in_proportion == [[1, 1], [2, 2]]
+    assert seconds == [[1, 1], [2, 4]] and memory == [[1, 1], [2, 1]]
+    assert b.lines[1].get_xydata().tolist() == [[9, 1]]
     pyplot.close(figures[0])
 
 

@@ -473,7 +473,7 @@ def test_budgets_rewards_and_growth_are_drawn_as_they_are(tmp_path, figures):
     assert lines["l1_max, alpha 0.01"][10] == 0.5 and lines["multiplicative, use 0.1"][0] == 0.9
     plots.plot_growth([{"axis": "rows", "x": x, "seconds": x / 2, "peak_bytes": 3} for x in (1, 4)],
                       "x.png")
-    assert lines_of(figures[-1].axes[0]) == [([1, 4], [0.5, 2.0]), ([1, 4], [0.5, 2.0])]
+    assert lines_of(figures[-1].axes[0]) == [([1, 4], [1, 4]), ([1, 4], [1, 4]), ([1, 4], [1, 1])]
 
 
 def test_lengths_of_turns_are_ragged_and_bounded():
