@@ -2,7 +2,7 @@
 
     python -m experiments.real data --data FOLDER --encoder DIR --out DIR
     python -m experiments.real run --files DIR --student DIR --encoder DIR
-    python -m experiments.real run ... --presets real-cpu --rows kd --first 50    two cores, an hour
+    python -m experiments.real run ... --presets real-cpu --rows kd --first 20    two cores, an hour
     python -m experiments.real report
 
 `data` merges the passages of FOLDER to one corpus and indexes it. It splits the questions once, by
