@@ -2,7 +2,7 @@
 
     python -m experiments.real data --data FOLDER --encoder DIR --out DIR
     python -m experiments.real run --files DIR --student DIR --encoder DIR
-    python -m experiments.real run ... --presets real-cpu --rows kd --first 20    two cores, an hour
+    python -m experiments.real run ... --presets real-cpu --rows kd --first 20  two cores, two hours
     python -m experiments.real report
 
 `data` merges the passages of FOLDER to one corpus and indexes it. It splits the questions once, by
@@ -21,6 +21,7 @@ A question that stands in a test file, by id or by normalised text, never trains
 
 import json
 import sys
+import tomllib
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ TEST_SHARE, VALIDATION_SHARE = 0.45, 0.1  # of NQ and TriviaQA; the second also 
 FOUND, SHOWN, MAX_HOPS = 10, 3, 3  # passages looked at, shown by a search; searches shown at most
 ROWS = {
     "teacher": Row("Teacher (sft)", "sft"),
-    "seqkd": Row("SeqKD", "sft", flags=("--epochs", "4")),  # as many as kd's
+    "seqkd": Row("SeqKD", "sft"),
     "kd": Row("KD", "kd"),
     "ppo": Row("PPO from KD", "ppo", begins="kd"),
     "dgpo": Row("DGPO, exact", "dgpo", begins="kd"),
@@ -267,11 +268,20 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     if row.phase != "sft":
         command += ["--questions", str(files / "train.jsonl"),
                     *file_flags(files, options.encoder)]
+    if name == "seqkd":  # the section sft is the teacher's
+        command += ["--epochs", str(kd_epochs(options.presets))]
     if row.phase in ("kd", "dgpo"):
         command += ["--teacher", str(runs / f"teacher-{seed}")]
     episodes = {"teacher": files / "gold.jsonl", "seqkd": runs / f"episodes-{seed}.jsonl",
                 "kd": runs / f"episodes-{seed}.jsonl"}
     return command + (["--episodes", str(episodes[name])] if name in episodes else [])
+
+
+def kd_epochs(presets: Sequence[str]) -> float:
+    """Passes over the teacher's episodes that the last of these presets with a number asks for."""
+    texts = [(ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8") for name in presets]
+    sections = [tomllib.loads(text).get("kd", {}) for text in texts]
+    return [section["epochs"] for section in sections if "epochs" in section][-1]
 
 
 def measure_row(label: str, model: Path, options: Any, out: Path) -> list[str]:

@@ -7,7 +7,6 @@ Run: python -m pytest tests/test_real.py
 
 import json
 import re
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,9 +252,13 @@ def test_a_seed_has_rows_of_its_own_and_all_have_one_student(tmp_path):
     assert jobs["eval kd 1"].done.name == "kd-1.json"
 
 
-def test_seqkd_takes_as_many_epochs_as_kd():
-    preset = tomllib.loads((ROOT / "configs" / "real-smollm2.toml").read_text())
-    assert real.ROWS["seqkd"].flags == ("--epochs", str(preset["kd"]["epochs"]))
+@pytest.mark.parametrize(("presets", "epochs"), [((), "4"), (("real-cpu",), "2")])
+def test_seqkd_takes_as_many_epochs_as_kd(tmp_path, presets, epochs):
+    o = options(tmp_path)
+    o.presets = (*real.PRESETS, *presets)
+    command = real.train_row("seqkd", o, 0)
+    assert command[command.index("--epochs") + 1] == epochs
+    assert "--epochs" not in real.train_row("teacher", o, 0)
 
 
 def test_the_first_test_questions_of_each_set_are_measured(tmp_path):
