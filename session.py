@@ -69,6 +69,9 @@ def open_student(run: Run, settings: TrainSettings) -> Policy:
     student = load_policy(settings.student, run.device, "student")
     student.tokenizer.date = run.date  # a template may write it; the same when the run goes on
     run.write_config = lambda: save_policy(student, run.dir, {})
+    if settings.train_layers:
+        from infra.freeze import train_last  # here, because few runs need it
+        run.say(train_last(student.decoder, settings.train_layers))
     # The critic is a copy and inherits these.
     student.decoder.checkpointing = settings.checkpointing
     student.decoder.compute_dtype = compute_dtype(settings, run.device)

@@ -268,6 +268,8 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     if row.phase != "sft":
         command += ["--questions", str(files / "train.jsonl"),
                     *file_flags(files, options.encoder)]
+    if name == "teacher" and options.teacher_layers:
+        command += ["--train-layers", str(options.teacher_layers)]
     if name == "seqkd":  # the section sft is the teacher's
         command += ["--epochs", str(kd_epochs(options.presets))]
     if row.phase in ("kd", "dgpo"):
@@ -410,6 +412,8 @@ def parse(argv: Sequence[str]) -> Any:
     run.add_argument("--student", type=Path, required=True, help="checkpoint")
     run.add_argument("--teacher", type=Path, help="what becomes the teacher: a checkpoint with "
                      "the student's tokens; default: the student")
+    run.add_argument("--teacher-layers", type=count, metavar="N",
+                     help="train the teacher's last N layers alone; default: all of it")
     run.add_argument("--presets", nargs="+", default=[], metavar="NAME",
                      help="further files of configs/, such as real-cpu; later ones win")
     run.add_argument("--first", type=count, metavar="N",

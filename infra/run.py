@@ -188,8 +188,8 @@ class Run:
             self.say(disk_report(self.dir, networks, checkpoint.NUM_KEPT, self.settings.save_every))
         decay = self.settings.weight_decay
         for name, network in networks.items():  # `update` sets the learning rate of each step
-            self.adams[name] = torch.optim.AdamW(
-                network.parameters(), weight_decay=decay, fused=True)
+            trained = [p for p in network.parameters() if p.requires_grad]
+            self.adams[name] = torch.optim.AdamW(trained, weight_decay=decay, fused=True)
         if self.settings.resume:
             self.resume()
         if self.rank == 0:
