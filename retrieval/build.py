@@ -136,6 +136,8 @@ def begin(out: Path, facts: dict[str, Any], lines: Corpus, models: list[Encoder]
     start, num_cut = before.pop("done", 0), before.pop("num_cut", 0)
     of_index = ("kind", "factory")  # they do not change the vectors
     differing = [key for key in facts if before.get(key) != facts[key] and key not in of_index]
+    for path in out.glob(".*.partial[0-9]*"):  # what a killed process had not finished
+        path.unlink()
     if start and not differing and (out / "embeddings.npy").is_file():
         models[0].num_cut = num_cut
         say(f"{out}: {start} of {len(lines)} passages are embedded already")

@@ -367,6 +367,14 @@ def test_a_build_that_is_killed_ten_times_ends_with_the_same_files(place, tmp_pa
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole"), moments
 
 
+def test_a_build_removes_what_a_killed_process_had_not_finished(place, tmp_path):
+    out = tmp_path / "i"
+    out.mkdir()
+    (out / ".index.json.partial123").touch()
+    build(place / "corpus.jsonl", str(place / "encoder"), out)
+    assert not [*out.glob(".*.partial*")]
+
+
 @pytest.mark.parametrize("death", ["train", "add", "merge", "write"])
 def test_an_index_that_is_interrupted_in_any_stage_goes_on(place, tmp_path, monkeypatch, death):
     faiss = pytest.importorskip("faiss", reason="faiss is not installed (pip install faiss-cpu)")
