@@ -22,7 +22,7 @@ class TrainSettings(RolloutSettings, RunSettings):
     plan: str = setting("", "print what it would take, and end: on here, 8x80GB (cards), 1x141GB",
                         of=" ".join((*DISTIL, *REINFORCE)))
     student: str = setting("", "checkpoint to start from", reads="DIR", needed=True, of="learn")
-    train_layers: int = setting(0, "train the last N layers alone; 0: everything", of="learn")
+    train_layers: int = setting(0, "train the last N layers alone; 0: all", of="learn", rare=True)
     teacher: str = setting("", "checkpoint that guides", reads="DIR", of="teacher")
     teacher_dtype: str = setting("float32", "of frozen models", choices=("float32", "bfloat16"),
                                  of="teacher", rare=True)

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +325,7 @@ def write_record(name: str, seed: int | None, model: Path, out: Path, record: Pa
     for row in read_lines(out / "result.jsonl"):
         correct[row["set"]] = correct.get(row["set"], "") + str(int(row["em"]))
     result = read_json(out / "result.json")
+    result["settings"] = rows.chosen(result["settings"], asdict(evaluation.EvalSettings()))
     result.update(rows.row_record(name, seed, threads), correct=correct)
     if (out / "arcap.json").exists():
         result["arcap"] = read_json(out / "arcap.json")["arcap"]

@@ -148,14 +148,19 @@ def training_record(run_dir: Path, curve_keys: Sequence[str] = ()) -> Record:
     metrics = read_lines(run_dir / "metrics.jsonl")
     run = read_json(run_dir / "run.json")
     # Left out: settings at train.py's defaults of that commit, and what is of this machine alone.
-    run["settings"] = {name: value for name, value in run["settings"].items()
-                       if name == "phase" or value != DEFAULTS.get(name, ...)}
+    run["settings"] = chosen(run["settings"], DEFAULTS)
     record = {
         "train": {key: value for key, value in run.items() if key not in ("paths", "history")},
         "num_steps": len(metrics),
         "train_s": seconds(run_dir),
     }
     return record | ({"curve": curve_of(metrics, curve_keys)} if curve_keys else {})
+
+
+def chosen(settings: Record, defaults: Record) -> Record:
+    """The phase, and settings that are not at their defaults."""
+    return {name: value for name, value in settings.items()
+            if name == "phase" or value != defaults.get(name, ...)}
 
 
 def curve_of(metrics: list[Record], curve_keys: Sequence[str]) -> dict[str, list]:

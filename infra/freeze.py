@@ -17,5 +17,5 @@ def train_last(decoder: Any, num_layers: int) -> str:
         part.requires_grad_(True)
     sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
-    return (f"trains the last {num_layers} of {len(layers)} layers: {trained / 1e6:,.1f} of "
-            f"{sum(size for size, _ in sizes) / 1e6:,.1f} million weights")
+    return (f"trains the last {num_layers} of {len(layers)} layers: {trained:,} of "
+            f"{sum(size for size, _ in sizes):,} weights")

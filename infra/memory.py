@@ -15,15 +15,17 @@ def memory_report(
 
     peak: bytes; settings: the program's, with those of passes and rollouts.
     """
-    weights = sum(p.nbytes for network in networks.values() for p in network.parameters())
+    parameters = [p for network in networks.values() for p in network.parameters()]
+    weights = sum(p.nbytes for p in parameters)
+    weights += sum(p.nbytes for p in parameters if p.requires_grad)  # their gradients
     adam = 0
     for optimizer in optimizers.values():
         for state in optimizer.state.values():
             adam += sum(value.nbytes for value in state.values())
     parts = [
-        (2 * weights + adam, "weights, gradients and Adam",
+        (weights + adam, "weights, gradients and Adam",
          f"--shard (now {settings.shard}) over more processes"),
-        (max(0, peak - 2 * weights - adam), "the rest of the peak, activations above all",
+        (max(0, peak - weights - adam), "the rest of the peak, activations above all",
          f"--micro-batch-tokens (now {settings.micro_batch_tokens}), --checkpointing, or "
          "--compute-dtype bfloat16"),
     ]
@@ -46,9 +48,10 @@ def memory_report(
 def disk_report(run_dir: Path, networks: dict[str, nn.Module], num_kept: int,
                 save_every: int) -> str:
     """What a run will keep on the disk, and whether there is room for it."""
-    model, *others = [sum(p.numel() * p.element_size() for p in network.parameters())
-                      for network in networks.values()]
-    state = 3 * (model + sum(others))  # weights and Adam's two moments
+    model, *others = [sum(p.nbytes for p in network.parameters()) for network in networks.values()]
+    trained = sum(p.nbytes for network in networks.values()
+                  for p in network.parameters() if p.requires_grad)
+    state = model + sum(others) + 2 * trained  # weights and Adam's two moments
     folder = run_dir / "state"
     free, num_there = shutil.disk_usage(run_dir).free, len([*folder.glob("step_*")])
     # The newest ones, the best one, and the one that is being written; without --save-every the

@@ -108,16 +108,32 @@ def num_parameters(c: Any, *, is_critic: bool = False) -> int:
     return linear_parameters(c) + rest + c.vocab_size * width + head
 
 
+def trained_share(settings: Any, c: Any) -> float:
+    """Of the layers; the rest of a model is frozen where it is below 1, as infra/freeze.py says."""
+    return min(settings.train_layers or c.num_layers, c.num_layers) / c.num_layers
+
+
+def trained_parameters(settings: Any, c: Any, *, is_critic: bool = False) -> float:
+    """Weights that have gradients and Adam's moments."""
+    if not settings.train_layers:
+        return num_parameters(c, is_critic=is_critic)
+    width, entries = c.hidden_size, c.vocab_size * c.hidden_size
+    layers = num_parameters(c, is_critic=True) - entries - 2 * width - 1
+    return trained_share(settings, c) * layers + width + is_critic * (width + 1)
+
+
 def cache_bytes(c: Any, rows: int, slots: int, size: int) -> int:
     """Keys and values of all layers; size: bytes a number."""
     return 2 * c.num_layers * rows * c.num_kv_heads * slots * c.head_dim * size
 
 
-def saved_bytes(c: Any, size: int, kind: str = "cpu", *, checkpointing: bool = False) -> int:
-    """What autograd saves of a token for the backward pass of all layers and the last norm.
+def saved_bytes(c: Any, size: int, kind: str = "cpu", *, checkpointing: bool = False,
+                share: float = 1) -> float:
+    """What autograd saves of a token for the backward pass of the layers and the last norm.
 
-    size: bytes of a number that is computed with. A norm of a CPU keeps its input and its result
-    in fp32; one of a GPU keeps its input as it is. A GPU's SwiGLU is fused, and keeps no sigmoid.
+    share: of the layers that are trained, the last ones. size: bytes of a number that is computed
+    with. A norm of a CPU keeps its input and its result in fp32; one of a GPU keeps its input as it
+    is. A GPU's SwiGLU is fused, and keeps no sigmoid.
     """
     width, heads, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     per_norm = 2 * F32 if kind == "cpu" else size
@@ -127,8 +143,8 @@ def saved_bytes(c: Any, size: int, kind: str = "cpu", *, checkpointing: bool = F
     layer = norms + attention + (4 if kind == "cpu" else 3) * c.intermediate_size * size
     last = width * per_norm + F32 + 8 + 2 * c.head_dim * size  # ids and rotary angles, too
     if checkpointing:  # the input of each layer, and the one layer that is computed again
-        return c.num_layers * width * size + layer + last
-    return c.num_layers * layer + last
+        return share * c.num_layers * width * size + layer + last
+    return share * c.num_layers * layer + last
 
 
 def passing_bytes(c: Any, size: int) -> int:
@@ -197,12 +213,14 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
     s, c, kind, size = settings, shapes.student, machine.kind, compute_size(settings, machine)
     is_split = s.shard != "none" and machine.ranks > 1
     ours = machine.ranks if is_split else 1
-    trained, has_critic = num_parameters(c) / ours, s.advantage == "gae"
-    critic = num_parameters(c, is_critic=True) / ours if has_critic else 0
+    weights, trained = num_parameters(c) / ours, trained_parameters(s, c) / ours
+    has_critic, share = s.advantage == "gae", trained_share(s, c)
+    critic = trained_parameters(s, c, is_critic=True) / ours
     caches = ONEDNN_BYTES if kind == "cpu" and size < F32 else 0
-    kept = {"process": machine.base + caches, "weights": F32 * trained, "Adam": 2 * F32 * trained}
+    kept = {"process": machine.base + caches, "weights": F32 * weights, "Adam": 2 * F32 * trained}
     if has_critic:
-        kept["critic: weights, Adam"] = 3 * F32 * critic
+        kept["critic: weights, Adam"] = F32 * (
+            num_parameters(c, is_critic=True) / ours + 2 * critic)
     guide_size = 0
     if shapes.guide is not None:
         guide_size = SIZES[guide_dtype(s)]
@@ -217,9 +235,10 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
     update = {**kept, "gradients": F32 * trained * (passes > 1 or is_split)}
     if has_critic:
         update["critic: gradients"] = F32 * critic
-    update["activations"] = tokens * saved_bytes(c, size, kind, checkpointing=s.checkpointing)
+    update["activations"] = tokens * saved_bytes(
+        c, size, kind, checkpointing=s.checkpointing, share=share)
     if size < F32:  # the casts that a backward pass multiplies by
-        update["activations"] += size * linear_parameters(c)
+        update["activations"] += size * linear_parameters(c) * share
     if is_split:  # entry and head whole, and two layers
         update["gathered weights"] = size * (num_parameters(c) - linear_parameters(c)
                                              * (1 - 2 / c.num_layers))
@@ -231,7 +250,7 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
         update["workspace"] = max(update["workspace"],
                                   tokens * passing_bytes(shapes.guide, guide_size))
     parts = {"update": update, "Adam's step": {**kept, "gradients": F32 * trained, "head": (
-        2 * F32 * c.vocab_size * c.hidden_size)}}
+        2 * F32 * c.vocab_size * c.hidden_size * (share == 1))}}
     if has_critic:
         parts["Adam's step"]["critic: gradients"] = F32 * critic
     if s.advantage:
@@ -262,12 +281,13 @@ def head_bytes(settings: Any, c: Any, kind: str, size: int, rows: float, *,
     """Of the head's loss and its gradient, while the activations of a pass are kept."""
     weight = c.vocab_size * c.hidden_size
     states = rows * c.hidden_size * (F32 + 2 * size)
-    gradient = 2 * F32 * weight  # the head's own, and that of the weight it is cut from
+    # The head's own, and that of the weight it is cut from.
+    gradient = 0 if settings.train_layers else 2 * F32 * weight
     tile = HEAD_TILE[kind] * HEAD_TILE_BYTES[kind]
     if is_divergence:
         cast = size * weight if size < F32 else 0
         tile = min(ROWS_TILE[kind], rows * c.vocab_size) * ROWS_TILE_BYTES[kind]
-        return states + cast + max(gradient, F32 * weight + tile)
+        return states + cast + max(gradient, gradient / 2 + tile)
     return states + gradient + tile
 
 
@@ -351,12 +371,13 @@ def step_seconds(settings: Any, shapes: Shapes, machine: Machine,
                  episodes: Episodes) -> dict[str, float]:
     """Seconds of each part of a step."""
     s, c, dtype = settings, shapes.student, compute_dtype(settings, machine)
-    num, again = episodes_a_step(s, machine.ranks), 1 + s.checkpointing / 3
+    num, share = episodes_a_step(s, machine.ranks), trained_share(s, c)
+    passes, gemms = 1 + (2 + s.checkpointing) * share, 3 - bool(s.train_layers)
     parts: dict[str, float] = {}
-    share = student_writes(s)
-    if share:
+    writes = student_writes(s)
+    if writes:
         written = rollout_seconds(s, c, shapes, machine, episodes, num, dtype)
-        parts |= {name: share * value for name, value in written.items()}
+        parts |= {name: writes * value for name, value in written.items()}
     has_critic, rounds, updates = s.advantage == "gae", 1, 1
     if s.advantage:
         rounds = s.ppo_epochs
@@ -368,12 +389,12 @@ def step_seconds(settings: Any, shapes: Shapes, machine: Machine,
         guided = num * (episodes.wrong if s.advantage and s.kl_where == "wrong" else 1)
         parts["guide"] = reading_seconds(shapes.guide, machine, episodes, guided, guide_dtype(s))
     parts["update"] = rounds * reading_seconds(
-        c, machine, episodes, num, dtype, passes=3 * again, gemms=4 if s.advantage else 3)
-    size = num_parameters(c)
+        c, machine, episodes, num, dtype, passes=passes, gemms=gemms + bool(s.advantage))
+    size = trained_parameters(s, c)
     if has_critic:
         parts["update: critic"] = rounds * reading_seconds(
-            c, machine, episodes, num, dtype, passes=3 * again, gemms=0)
-        size += num_parameters(c, is_critic=True)
+            c, machine, episodes, num, dtype, passes=passes, gemms=0)
+        size += trained_parameters(s, c, is_critic=True)
     # Adam reads four numbers a weight and writes three; gradients are sent and fetched.
     parts["Adam"] = updates * 7 * F32 * size / machine.bandwidth
     if machine.ranks > 1:

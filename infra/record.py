@@ -27,7 +27,7 @@ MAY_DIFFER = {"resume", "overwrite", "max_minutes", "save_every", "timeout_minut
 MUST_STAY = {
     "phase", "student", "teacher", "questions", "val_size", "episodes", "seed", "protocol",
     "prompt", "reward", "advantage", "group_size", "batch_size", "prompts_per_step",
-    "minibatch_size", "kl_where", "kl_in", "mean_over", "distance",
+    "minibatch_size", "kl_where", "kl_in", "mean_over", "distance", "train_layers",
 }  # fmt: skip
 # Settings of an agent that hold paths, and those that hold a path or a name.
 PATHS, PATHS_OR_NAMES = ("corpus", "encoder", "index"), ("prompt", "protocol")

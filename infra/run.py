@@ -142,7 +142,6 @@ class Run:
     def prepare_folder(self) -> None:
         """Claim the folder, before anything is loaded; refuse another run's, unless told to."""
         from infra import record  # in functions: only a run that trains needs it
-
         today = date.today().toordinal()
         if self.rank == 0:
             if self.settings.log_to:
@@ -161,7 +160,6 @@ class Run:
     def write_record(self) -> None:
         """Write run.json, and config.json; run.json of before stands in its `history`."""
         from infra.record import paths_of
-
         history, former = [], self.record
         if former is not None:
             history = [*former.pop("history", []), {**former, "until_step": self.steps_done}]
@@ -181,7 +179,6 @@ class Run:
         if self.rank == 0:
             from infra.memory import disk_report
             from infra.record import clean
-
             begins_again = self.settings.overwrite and not self.settings.resume
             for path in clean(self.dir, OF_ONE_RUN if begins_again else ()):
                 self.say(f"removed {path}, which a killed process had not finished")
@@ -377,7 +374,6 @@ class Run:
                           key: str) -> None:
         """End a run whose score (the metric `key`, over num_questions a step) has collapsed."""
         from infra.collapse import signs_of_collapse  # here, because only reinforcement needs it
-
         signs = signs_of_collapse(self.history, num_questions, key)
         if not signs or not self.settings.stop_on_collapse:
             return
@@ -431,7 +427,6 @@ def launch(settings: Any, phase: Callable[[Run], None]) -> None:
         refuse_other_run(Path(settings.run_dir))
     if settings.processes > 1 and "WORLD_SIZE" not in os.environ:
         from infra.processes import start_several  # here, because torchrun has its own
-
         pick_device(settings.device)
         return start_several(settings.processes, settings.timeout_minutes)
     run = Run(settings, *start_processes(settings.device, settings.timeout_minutes))
@@ -445,7 +440,6 @@ def launch(settings: Any, phase: Callable[[Run], None]) -> None:
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if is_memory or "can't allocate memory" in str(error):  # the last is a CPU's
             from infra.memory import memory_report  # here, because a run seldom needs it
-
             peaks = peak_memory(run.device)
             peak = peaks["gpu"] or peaks["memory"]
             report = memory_report(peak, run.networks, run.adams, settings)

@@ -173,6 +173,7 @@ def test_torchrun_starts_a_group_of_one_process(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("phase", "sharded", "more"), [
     ("kd", "all", ["--epochs", "1"]), ("dgpo", "all", ["--steps", "3"]),
+    ("dgpo", "all", ["--steps", "3", "--train-layers", "1"]),
     ("dgpo", "all", ["--steps", "3", "--kl-in", "exact"]), ("ppo", "student", ["--steps", "3"])])
 def test_sharded_training_computes_what_one_process_computes_and_another_number_continues(
     mini, tmp_path, phase, sharded, more

@@ -15,6 +15,7 @@ import torch
 import kernels
 import rollout
 from infra import plan, planner
+from infra.freeze import train_last
 from infra.plan import GIB, Episodes, Machine, Shapes
 from model import Critic, Decoder, DecoderConfig, KVCache, load_encoder
 from settings import TrainSettings, with_defaults
@@ -136,6 +137,38 @@ def test_with_checkpointing_the_inputs_of_layers_are_saved_and_one_layer_is_comp
         config(num_hidden_layers=1), 4)  # fmt: skip
     angles = 2 * c.head_dim * 4  # arguments of a checkpoint, which the hooks do not see
     assert plan.saved_bytes(c, 4, checkpointing=True) == per_token + angles + one_layer
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family.values())))
+def test_what_is_frozen_has_no_gradient_no_moments_and_saves_nothing(family):
+    c, s = config(**family), settings(train_layers=1)
+    decoder = Decoder(c)
+    train_last(decoder, 1)
+    critic = Critic.from_decoder(decoder)
+    for network, is_critic in ((decoder, False), (critic, True)):
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        assert plan.trained_parameters(s, c, is_critic=is_critic) == trained
+    share = plan.trained_share(s, c)
+    assert share == 1 / c.num_layers
+    per_token = (saved_by_autograd(decoder, 192) - saved_by_autograd(decoder, 64)) / 128
+    # Ids, and what a norm keeps for the gradient of its input, which the first layer needs not.
+    assert plan.saved_bytes(c, 4, share=share) - per_token == 8 + 4 * (c.hidden_size + 1)
+
+
+def test_memory_and_seconds_of_a_student_whose_last_layers_are_trained():
+    c, part, s = shapes().student, 6, settings("kd", teacher_dtype="bfloat16")
+    frozen = replace(s, train_layers=part)
+    before, update = (plan.stages(x, shapes(), TEN, EPISODES)["update"] for x in (s, frozen))
+    trained = plan.trained_parameters(frozen, c)
+    assert trained == part / 24 * (plan.num_parameters(c) - 151_936 * 896 - 896) + 896
+    assert update["gradients"] == update["Adam"] / 2 == 4 * trained
+    assert update["weights"] == before["weights"] == 4 * 494_032_768
+    assert update["activations"] == 4096 * plan.saved_bytes(c, 4, share=part / 24)
+    tile = plan.ROWS_TILE["cpu"] * plan.ROWS_TILE_BYTES["cpu"]  # a frozen head's weight has none
+    assert before["head"] - update["head"] == 2 * 4 * 151_936 * 896 - tile
+    body = 4 * EPISODES.tokens * plan.pass_flops(c, EPISODES.tokens) / TEN.flops["float32"]
+    saved = seconds(s)["update"] - seconds(frozen)["update"]
+    assert saved > 2 * (1 - part / 24) * body  # and traffic, and a product of the head
 
 
 def test_an_encoder_has_the_parameters_of_a_real_one(mini):

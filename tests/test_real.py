@@ -195,9 +195,9 @@ def test_data_writes_corpus_index_questions_and_demonstrations(mini, tmp_path, c
 
 def options(tmp_path: Path, rows: tuple[str, ...] = tuple(real.ROWS)) -> SimpleNamespace:
     return SimpleNamespace(files=tmp_path / "files", encoder="ENC", student=tmp_path / "student",
-                           teacher=tmp_path / "large", runs=tmp_path / "runs", seeds=[0],
-                           records=tmp_path / "records", rows=rows, presets=real.PRESETS,
-                           first=None, threads=1)
+                           teacher=tmp_path / "large", teacher_layers=None, seeds=[0],
+                           runs=tmp_path / "runs", records=tmp_path / "records", rows=rows,
+                           presets=real.PRESETS, first=None, threads=1)
 
 
 def flag(command: list[str], name: str) -> str:
@@ -220,6 +220,13 @@ def test_a_row_begins_from_its_model_and_learns_from_its_files(
         phase, student, teacher, episodes, questions, f"{row}-2"]
     assert command[command.index("--seed") + 1] == "2"
     assert ("--index" in command) == bool(questions)
+
+
+def test_the_last_layers_of_the_teacher_alone_are_trained_where_asked(tmp_path):
+    o = options(tmp_path)
+    o.teacher_layers = 8
+    assert flag(real.train_row("teacher", o, 0), "--train-layers") == "8"
+    assert not any(flag(real.train_row(row, o, 0), "--train-layers") for row in ("seqkd", "kd"))
 
 
 def test_a_model_is_measured_on_the_test_questions_alone(tmp_path):

@@ -431,13 +431,15 @@ def test_a_record_holds_what_a_run_answered_and_how_it_was_trained(tmp_path):
     steps = [{"step": 1, "rollout/score": 0.25}, {"step": 2, "rollout/score": 0.123456}]
     write_run(tmp_path / "model", {"phase": "dgpo", "steps": 3, "clip_eps": 0.2}, steps)
     out = tmp_path / "eval"
-    write_json(out / "result.json", {"name": "DGPO", "average": {"em": 0.5}})
+    write_json(out / "result.json", {"name": "DGPO", "average": {"em": 0.5},
+                                      "settings": {"top_p": 1.0, "top_k": 4}})
     (out / "result.jsonl").write_text('{"set": "nq", "em": 1.0}\n{"set": "nq", "em": 0.0}\n')
     reproduce.write_record("dgpo", 0, tmp_path / "model", out, tmp_path / "record.json")
     record = read_json(tmp_path / "record.json")
     assert (record["row"], record["seed"], record["correct"]) == ("dgpo", 0, {"nq": "10"})
     assert record["curve"] == {"step": [1, 2], "rollout/score": [0.25, 0.123]}
     assert record["train"]["settings"] == {"phase": "dgpo", "steps": 3}  # none at its default
+    assert record["settings"] == {"top_k": 4}
     assert record["train_s"] == 4.0 and record["step_s"] == {"rollout_s": 1.5}
     assert record["collapsed"]  # two of three steps
     assert "arcap" not in record and "cores" in record["machine"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import train
 from batch import collate
@@ -62,6 +63,32 @@ def test_a_resumed_run_writes_the_same_metrics_as_an_uninterrupted_one(
     for state in states(tmp_path / "run")[2:]:
         shutil.rmtree(state)  # as if it had ended after step 2; later lines of the log are cut
     assert run(mini, tmp_path / "run", *flags, "--resume") == rows and len(rows) == 4
+
+
+@pytest.mark.parametrize("phase", ["sft", "kd", "dgpo"])
+def test_the_last_layers_alone_are_trained_where_asked(mini, tmp_path, phase, capsys):
+    run(mini, tmp_path / "run", "--phase", phase, "--train-layers", "1")
+    before, after = (load_decoder(path) for path in (mini / "student", tmp_path / "run"))
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    changed = {name for (name, old), new in pairs if not old.equal(new)}
+    trained = {name for name, _ in before.named_parameters()
+               if name.startswith(("model.layers.1.", "model.norm."))}
+    assert changed == trained and len(trained) > 8
+    sizes = {name: old.numel() for name, old in before.named_parameters()}
+    assert (f"trains the last 1 of 2 layers: {sum(map(sizes.get, trained)):,} of "
+            f"{sum(sizes.values()):,} weights") in capsys.readouterr().out
+    state = states(tmp_path / "run")[-1]
+    for adam in state.glob("*_adam.safetensors"):  # a critic has a value head, too
+        with safe_open(adam, "pt") as file:
+            count = len({key.split("/")[0] for key in file.keys()})
+        assert count == len(trained) + 2 * (adam.name == "critic_adam.safetensors"), adam
+    with pytest.raises(ValueError, match="--train-layers 1, now 2"):
+        run(mini, tmp_path / "run", "--phase", phase, "--train-layers", "2", "--resume")
+
+
+def test_more_layers_than_a_student_has_are_refused(mini, tmp_path):
+    with pytest.raises(ValueError, match="--train-layers: got 3, expected at most 2"):
+        run(mini, tmp_path / "run", "--phase", "sft", "--train-layers", "3")
 
 
 def test_a_run_is_not_written_over_unless_told(mini, tmp_path):

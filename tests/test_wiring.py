@@ -89,6 +89,10 @@ def test_memory_is_told_by_what_is_held():
     sizes = [float(line.split()[0]) for line in report.splitlines()[1:]]
     # 2 * 2 * 3 * 4 floats a slot; what is left of 8 GiB; weights and gradients, and Adam.
     assert sizes == [12.0, 5.5, 2.5]
+    network.requires_grad_(False)  # without gradients, and moments are as they are
+    report = memory_report(2**33, {"student": network}, {"student": adam}, settings)
+    assert [float(line.split()[0]) for line in report.splitlines()[1:]] == [12.0, 6.5, 1.5]
+    network.requires_grad_(True)
     network.compute_dtype = torch.bfloat16  # that of the cache
     report = memory_report(2**33, {"student": network}, {"student": adam}, settings)
     assert [float(line.split()[0]) for line in report.splitlines()[1:]] == [6.0, 5.5, 2.5]
@@ -384,7 +388,7 @@ def test_a_run_has_collapsed_if_steps_are_missing(tmp_path, num_steps, minutes, 
     for name in ("metrics", "perf"):
         steps = [{"step": n, "seconds": 1, "peak_gpu_gib": 5 - n} for n in range(num_steps)]
         write_rows(model / f"{name}.jsonl", steps)
-    (out / "result.json").write_text("{}")
+    (out / "result.json").write_text('{"settings": {}}')
     write_rows(out / "result.jsonl", [{"set": "nq", "em": 1.0}])
     reproduce.write_record("dgpo", 0, model, out, tmp_path / "record.json")
     record = json.loads((tmp_path / "record.json").read_text())
