@@ -172,7 +172,7 @@ def open_agent(folder: Path, record: dict[str, Any], teacher: str, step: int | N
     run = Run(settings, 0, 1, CPU)
     run.date = record.get("date", run.date)
     start = str(weights or settings.student)
-    student = open_student(run, replace(settings, student=start))
+    student = open_student(run, replace(settings, student=start, train_layers=0))
     student.decoder.requires_grad_(False)
     role = guide_of(settings)
     if teacher:
