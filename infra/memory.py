@@ -24,7 +24,7 @@ def memory_report(
             adam += sum(value.nbytes for value in state.values())
     parts = [
         (weights + adam, "weights, gradients and Adam",
-         f"--shard (now {settings.shard}) over more processes"),
+         f"--shard (now {settings.shard}) over more processes; --train-layers trains a part"),
         (max(0, peak - weights - adam), "the rest of the peak, activations above all",
          f"--micro-batch-tokens (now {settings.micro_batch_tokens}), --checkpointing, or "
          "--compute-dtype bfloat16"),

@@ -250,7 +250,7 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
         update["workspace"] = max(update["workspace"],
                                   tokens * passing_bytes(shapes.guide, guide_size))
     parts = {"update": update, "Adam's step": {**kept, "gradients": F32 * trained, "head": (
-        2 * F32 * c.vocab_size * c.hidden_size * (share == 1))}}
+        2 * F32 * c.vocab_size * c.hidden_size * (not s.train_layers))}}
     if has_critic:
         parts["Adam's step"]["critic: gradients"] = F32 * critic
     if s.advantage:
