@@ -287,26 +287,27 @@ def kd_epochs(presets: Sequence[str]) -> float:
 
 
 def measure_row(label: str, model: Path, options: Any, out: Path) -> list[str]:
-    """Arguments of Python that measure a model on the test questions, greedily."""
+    """Arguments of Python that measure a model on the asked questions, greedily."""
     return ["eval.py", *config_flags(options.presets), "--model", str(model), "--name", label,
-            "--questions", str(test_file(options)), "--dtype", "bfloat16", "--out", str(out),
+            "--questions", str(asked_file(options)), "--dtype", "bfloat16", "--out", str(out),
             "--episodes", *file_flags(options.files, options.encoder)]
 
 
-def test_file(options: Any) -> Path:
-    """The test questions, or a file of the first of each set."""
-    whole = options.files / "test.jsonl"
-    return options.runs / f"test-{options.first}.jsonl" if options.first else whole
+def asked_file(options: Any) -> Path:
+    """The questions of the asked part, or a file of the first of each set."""
+    if options.first:
+        return options.runs / f"{options.part}-{options.first}.jsonl"
+    return options.files / f"{options.part}.jsonl"
 
 
 def write_first(options: Any) -> None:
-    """Write the first `options.first` test questions of each set, if only these are asked."""
+    """Write the first `options.first` questions of each set, if only these are asked."""
     if options.first:
         of_set = dict[str, list[Record]]()
-        for row in rows.read_lines(options.files / "test.jsonl"):
+        for row in rows.read_lines(options.files / f"{options.part}.jsonl"):
             of_set.setdefault(row["dataset"], []).append(row)
         options.runs.mkdir(parents=True, exist_ok=True)
-        write_lines(test_file(options),
+        write_lines(asked_file(options),
                     [row for kept in of_set.values() for row in kept[: options.first]])
 
 
@@ -330,7 +331,7 @@ def row_jobs(names: Sequence[str], options: Any) -> list[Job]:
 def measure_job(name: str, seed: int | None, label: str, model: Path, options: Any) -> Job:
     """seed None: a model that no row trains."""
     run = name if seed is None else f"{name} {seed}"
-    out = options.runs / f"eval-{name}-{seed or 0}"
+    out = options.runs / f"eval-{asked_file(options).stem}-{name}-{seed or 0}"
     record = options.records / f"{name}-{seed or 0}.json"
     command = measure_row(label, model, options, out)
 
@@ -416,16 +417,18 @@ def parse(argv: Sequence[str]) -> Any:
                      help="train the teacher's last N layers alone; default: all of it")
     run.add_argument("--presets", nargs="+", default=[], metavar="NAME",
                      help="further files of configs/, such as real-cpu; later ones win")
+    run.add_argument("--part", choices=PARTS[:2], default=PARTS[0],
+                     help="questions that measure; default test. Choose settings by validation")
     run.add_argument("--first", type=count, metavar="N",
-                     help="test questions of each set; default: all")
+                     help="questions of each set; default: all")
     run.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     for command in (data, run):
         command.add_argument("--encoder", required=True, help="checkpoint of the passage encoder")
     for command in (run, show):
         command.add_argument("--runs", type=Path, default=ROOT / "runs" / "real",
                              help="default runs/real")
-        command.add_argument("--records", type=Path, help="default: records, in that of runs; "
-                             "records-N with --first N")
+        command.add_argument("--records", type=Path, help="default: in --runs: records, "
+                             "or with --first or --part such as records-validation-30")
     run.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                      help=", ".join(ROWS))
     options = parser.parse_args(argv)
@@ -441,9 +444,9 @@ def parse(argv: Sequence[str]) -> Any:
         if name in options:  # commands run from the project's folder
             setattr(options, name, getattr(options, name).resolve())
     if "runs" in options:
-        first = getattr(options, "first", None)
+        asked = asked_file(options).stem if "part" in options else PARTS[0]
         options.records = options.records or options.runs / (
-            f"records-{first}" if first else "records")
+            "records" if asked == PARTS[0] else f"records-{asked}")
     return options
 
 

@@ -197,7 +197,7 @@ def options(tmp_path: Path, rows: tuple[str, ...] = tuple(real.ROWS)) -> SimpleN
     return SimpleNamespace(files=tmp_path / "files", encoder="ENC", student=tmp_path / "student",
                            teacher=tmp_path / "large", teacher_layers=None, seeds=[0],
                            runs=tmp_path / "runs", records=tmp_path / "records", rows=rows,
-                           presets=real.PRESETS, first=None, threads=1)
+                           presets=real.PRESETS, part="test", first=None, threads=1)
 
 
 def flag(command: list[str], name: str) -> str:
@@ -255,7 +255,7 @@ def test_a_seed_has_rows_of_its_own_and_all_have_one_student(tmp_path):
                           "teacher 1", "eval teacher 1", "kd 1", "eval kd 1"]
     assert jobs["kd 1"].needs == ("teacher 1",)
     assert flag(jobs["kd 1"].command(), "--teacher") == "teacher-1"
-    assert flag(jobs["eval kd 1"].command(), "--out") == "eval-kd-1"
+    assert flag(jobs["eval kd 1"].command(), "--out") == "eval-test-kd-1"
     assert jobs["eval kd 1"].done.name == "kd-1.json"
 
 
@@ -268,11 +268,12 @@ def test_seqkd_takes_as_many_epochs_as_kd(tmp_path, presets, epochs):
     assert "--epochs" not in real.train_row("teacher", o, 0)
 
 
-def test_the_first_test_questions_of_each_set_are_measured(tmp_path):
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_the_first_questions_of_each_set_are_measured(tmp_path, part):
     o = options(tmp_path)
-    o.first, o.files = 2, tmp_path
+    o.first, o.files, o.part = 2, tmp_path, part
     rows = [{"id": f"{name}{i}", "dataset": name} for i in range(3) for name in ("nq", "musique")]
-    write_rows(tmp_path / "test.jsonl", rows)
+    write_rows(tmp_path / f"{part}.jsonl", rows)
     real.write_first(o)
     command = real.measure_row("KD", tmp_path / "kd-0", o, tmp_path / "out")
     kept = Path(command[command.index("--questions") + 1])
@@ -280,11 +281,24 @@ def test_the_first_test_questions_of_each_set_are_measured(tmp_path):
                                                                  "musique1"]
 
 
-def test_presets_are_added_and_rows_of_fewer_questions_have_records_of_their_own():
+@pytest.mark.parametrize(("more", "records", "out"), [
+    ([], "records", "eval-test-kd-0"),
+    (["--first", "5"], "records-test-5", "eval-test-5-kd-0"),
+    (["--part", "validation"], "records-validation", "eval-validation-kd-0"),
+    (["--part", "validation", "--first", "5"], "records-validation-5", "eval-validation-5-kd-0"),
+    (["--first", "5", "--records", "own"], "own", "eval-test-5-kd-0"),
+])
+def test_other_questions_have_records_and_episodes_of_their_own(more, records, out):
+    o = real.parse(["run", "--files", "f", "--student", "s", "--encoder", "e", *more])
+    jobs = {job.name: job for job in real.row_jobs(("kd",), o)}
+    assert o.records.name == records and jobs["eval kd 0"].done.parent.name == records
+    assert flag(jobs["eval kd 0"].command(), "--out") == out
+
+
+def test_presets_are_added():
     words = ["run", "--files", "f", "--student", "s", "--encoder", "e", "--runs", "r"]
     o = real.parse([*words, "--presets", "real-cpu", "--first", "5"])
-    assert o.presets == ("real-smollm2", "real-cpu") and o.records.name == "records-5"
-    assert real.parse(words).records.name == "records"
+    assert o.presets == ("real-smollm2", "real-cpu")
     command = real.train_row("dgpo", o, 0)
     last = command.index("--phase")
     assert [Path(name).name for name in command[2:last]] == ["real-smollm2.toml", "real-cpu.toml"]
