@@ -354,10 +354,14 @@ def test_an_episode_ends_in_one_of_seven_ways(tmp_path, row, end):
 # ---- report ----
 
 
-def test_the_report_of_the_records_says_what_the_page_says():
-    text, page = real.report(RECORDS), PAGE.read_text(encoding="utf-8")
-    assert "kd - student: average [+0.122, +0.174]" in text
-    assert "dgpo - kd: average [-0.019, +0.016]" in text
+@pytest.mark.parametrize(("folder", "kd", "dgpo"), [
+    ("real", "[+0.122, +0.174]", "[-0.019, +0.016]"),
+    ("real-pair", "[+0.029, +0.121]", "[-0.029, +0.037]"),
+])
+def test_the_report_of_the_records_says_what_the_page_says(folder, kd, dgpo):
+    text, page = real.report(RECORDS.with_name(folder)), PAGE.read_text(encoding="utf-8")
+    assert f"kd - student: average {kd}" in text
+    assert f"dgpo - kd: average {dgpo}" in text
     for line in text.split("\n\n")[1].splitlines()[2:]:  # of the first table, a row of the page
         cells = re.split(r"  +", line)
         assert f"| {' | '.join(cells)} |" in page, cells
