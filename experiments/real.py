@@ -271,7 +271,8 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     if name == "teacher" and options.teacher_layers:
         command += ["--train-layers", str(options.teacher_layers)]
     if name == "seqkd":  # the section sft is the teacher's
-        command += ["--epochs", str(kd_epochs(options.presets))]
+        for flag, key in (("--epochs", "epochs"), ("--kd-lr", "kd_lr")):
+            command += [flag, str(of_kd(key, options.presets))]
     if row.phase in ("kd", "dgpo"):
         command += ["--teacher", str(runs / f"teacher-{seed}")]
     episodes = {"teacher": files / "gold.jsonl", "seqkd": runs / f"episodes-{seed}.jsonl",
@@ -279,11 +280,11 @@ def train_row(name: str, options: Any, seed: int) -> list[str]:
     return command + (["--episodes", str(episodes[name])] if name in episodes else [])
 
 
-def kd_epochs(presets: Sequence[str]) -> float:
-    """Passes over the teacher's episodes that the last of these presets with a number asks for."""
+def of_kd(key: str, presets: Sequence[str]) -> float:
+    """The value of phase kd in the last of these presets that has one."""
     texts = [(ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8") for name in presets]
     sections = [tomllib.loads(text).get("kd", {}) for text in texts]
-    return [section["epochs"] for section in sections if "epochs" in section][-1]
+    return [section[key] for section in sections if key in section][-1]
 
 
 def measure_row(label: str, model: Path, options: Any, out: Path) -> list[str]:

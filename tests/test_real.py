@@ -259,12 +259,15 @@ def test_a_seed_has_rows_of_its_own_and_all_have_one_student(tmp_path):
     assert jobs["eval kd 1"].done.name == "kd-1.json"
 
 
-@pytest.mark.parametrize(("presets", "epochs"), [((), "4"), (("real-cpu",), "2")])
-def test_seqkd_takes_as_many_epochs_as_kd(tmp_path, presets, epochs):
+@pytest.mark.parametrize(("presets", "epochs", "rate"), [
+    ((), "4", "0.0002"), (("real-cpu",), "2", "5e-05"),
+    (("real-cpu", "real-pair"), "2", "2e-05"),  # the teacher's is 1e-4
+])
+def test_seqkd_has_the_epochs_and_the_rate_of_kd(tmp_path, presets, epochs, rate):
     o = options(tmp_path)
     o.presets = (*real.PRESETS, *presets)
     command = real.train_row("seqkd", o, 0)
-    assert command[command.index("--epochs") + 1] == epochs
+    assert flag(command, "--epochs") == epochs and flag(command, "--kd-lr") == rate
     assert "--epochs" not in real.train_row("teacher", o, 0)
 
 
