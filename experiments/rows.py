@@ -28,6 +28,7 @@ SEEDS = (0, 1, 2)
 DEFAULTS = asdict(TrainSettings())
 TABLES = {"sets", "budgets"}  # keys of a record with the same measures for each set or budget
 CURVE_POINTS = 60  # of a recorded curve, about
+DIGITS = 5  # of a recorded number that is no whole one
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
 
@@ -99,8 +100,9 @@ def read_lines(path: Path) -> list[Record]:
 def write_json(path: Path, record: Record) -> None:
     """Write a record. Paths are made relative to the repository: it is read on other machines.
 
-    "correct", a digit a question, becomes hexadecimal, a quarter as long, after a 1 in front. The
-    measures of each set or budget become a row of numbers, with the names of the columns once.
+    Numbers keep DIGITS significant digits. "correct", a digit a question, becomes hexadecimal, a
+    quarter as long, after a 1 in front. The measures of each set or budget become a row of numbers,
+    with the names of the columns once.
     """
     record = {**record}
     for key in TABLES & set(record):
@@ -112,7 +114,9 @@ def write_json(path: Path, record: Record) -> None:
         bits = converted(record["correct"], lambda text: f"{int('1' + text, 2):x}")
         record["correct"] = bits
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, separators=(",", ":")).replace(f"{ROOT}/", "")
+    short = json.loads(json.dumps(record),
+                       parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
+    text = json.dumps(short, separators=(",", ":")).replace(f"{ROOT}/", "")
     write_aside(path, lambda partial: partial.write_text(text + "\n"))
 
 

@@ -347,10 +347,12 @@ def test_an_episode_ends_in_one_of_seven_ways(tmp_path, row, end):
     assert real.end_of(row, {"segments": segments}) == end
     write_rows(tmp_path / "result.jsonl", [row] * 2)
     write_rows(tmp_path / "episodes.jsonl", [{"segments": segments}] * 2)
-    real.write_json(tmp_path / "record.json", {"row": "kd", "correct": {"nq": "01"}})
+    real.write_json(tmp_path / "record.json",
+                    {"row": "kd", "correct": {"nq": "01"}, "s": [0.1234567, 123456.7, 1234567]})
     real.add_ends(tmp_path, tmp_path / "record.json")
     record = real.rows.read_json(tmp_path / "record.json")
     assert record["correct"] == {"nq": "01"}
+    assert record["s"] == [0.12346, 123460.0, 1234567]  # five digits, and whole numbers as they are
     assert record["ends"] == {name: 2 * (name == end) for name in real.ENDS}
 
 
