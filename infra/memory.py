@@ -58,8 +58,10 @@ def disk_report(run_dir: Path, networks: dict[str, nn.Module], num_kept: int,
     # last one alone.
     num_states = num_kept + 2 if save_every else 1
     wanted = max(0, num_states - num_there) * state + model
-    text = (f"states in {folder}: the {num_kept} newest and the best, {state / 2**30:.3g} GiB each;"
-            f" the result has {model / 2**30:.3g} GiB")
+    which = f"states in {folder}: the {num_kept} newest and the best, {state / 2**30:.3g} GiB each"
+    if not save_every:
+        which = f"state in {folder}: the last one, {state / 2**30:.3g} GiB"
+    text = f"{which}; the result has {model / 2**30:.3g} GiB"
     if free < wanted:
         text += (f"\nwarning: {run_dir}: got {free / 2**30:.3g} GiB free on the disk, expected "
                  f"{wanted / 2**30:.3g} GiB; make room, or give a --run-dir on another disk")

@@ -83,7 +83,7 @@ class RunSettings:
                                      above=0, at_most=1e6, rare=True)
     eval_every: int = setting(50, "steps between validations; 0: never",
                               section="learn: all training")
-    save_every: int = setting(50, "steps between saved states; 0: only the result")
+    save_every: int = setting(50, "steps between saved states; 0: the last alone")
     stop_on_collapse: bool = setting(True, "end a run whose score halves; keep its best weights",
                                      of="reinforce", rare=True)
     weight_decay: float = setting(0.01, "AdamW", rare=True)

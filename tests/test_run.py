@@ -134,7 +134,9 @@ def test_a_run_says_how_much_its_states_take_and_whether_the_disk_has_room(tmp_p
     assert "the 2 newest and the best, 0.75 GiB each; the result has 0.25 GiB" in text
     # Two, the best, the one being written, and the result.
     assert "got 2 GiB free on the disk, expected 3.25 GiB; make room" in text
-    assert "warning" not in disk_report(tmp_path, networks, 2, save_every=0)
+    text = disk_report(tmp_path, networks, 2, save_every=0)
+    assert "state: the last one, 0.75 GiB; the result has 0.25 GiB" in text
+    assert "warning" not in text
     for step in (5, 10):
         (tmp_path / "state" / f"step_{step:06d}").mkdir(parents=True)
     assert "warning" not in disk_report(tmp_path, networks, 2, save_every=5)
