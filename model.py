@@ -11,7 +11,6 @@ import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ torch.set_float32_matmul_precision("highest")  # float32 means that: TF32 has te
 torch.backends.cuda.enable_cudnn_sdp(False)  # it takes 45 ms for each new length (H200)
 GRAPHED = ("cuda",)  # devices on which the sampler's step is a graph
 REACH_BUCKET = 512  # slots: a graph reads all of its bucket, and each graph takes time to capture
-_KEPT: "WeakKeyDictionary[Decoder, Steps]" = WeakKeyDictionary()
 
 
 class DecoderConfig:
@@ -376,7 +374,8 @@ def open_steps(decoder: Decoder, rows: int, slots: int, dtype: torch.dtype) -> S
 
     On a CPU none are kept: nothing needs to stay in its place, and training needs the memory.
     """
-    steps, device = _KEPT.pop(decoder, None), decoder.head_weight.device
+    from infra.cuda import KEPT  # here, because `import train` should load little
+    steps, device = KEPT.pop(decoder, None), decoder.head_weight.device
     if steps is not None:
         keys = steps.cache.keys[0]
         if len(keys) < rows or steps.cache.slots != slots or keys.dtype != dtype:
@@ -385,7 +384,7 @@ def open_steps(decoder: Decoder, rows: int, slots: int, dtype: torch.dtype) -> S
     steps.cache.rows, steps.cache.reach = rows, 0
     if steps.graphs is not None:
         steps.graphs.check(decoder)
-        _KEPT[decoder] = steps
+        KEPT[decoder] = steps
     return steps
 
 

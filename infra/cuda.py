@@ -5,9 +5,13 @@ import inspect
 from collections.abc import Callable, Hashable
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+# Of each decoder: the model.Steps of its last rollout, with graphs, cache and copies of weights.
+KEPT: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 # ---- attention over packed documents ----
 

@@ -261,10 +261,17 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
             **kept, "head": HEAD_TILE[kind] * HEAD_TILE_BYTES[kind],
             "workspace": scored * max(passing_bytes(net, n) for net, n in nets)}
     if student_writes(s) or s.eval_every and s.val_size:
-        parts["rollout"] = {**kept, **rollout_bytes(s, c, machine, size, episodes, is_split)}
+        asked = s.val_size / machine.ranks if s.eval_every else 0
+        rows = rows_at_once(s, max(episodes_a_step(s, machine.ranks), asked))
+        rollout = rollout_bytes(s, c, kind, size, episodes, rows, is_split)
+        if kind == "cuda":  # the graphs of a GPU need both where they are
+            for stage in parts.values():
+                stage |= {name: rollout[name] for name in ("sampler's copy", "keys and values")}
+        parts["rollout"] = {**kept, **rollout}
     if teacher_asks(s, shapes):
         early = {name: kept[name] for name in kept if name != "Adam"}
-        asking = rollout_bytes(s, shapes.guide, machine, guide_size, episodes,
+        asking = rollout_bytes(s, shapes.guide, kind, guide_size, episodes,
+                               rows_at_once(s, shapes.num_asked / machine.ranks),
                                is_split and s.shard == "all")
         if kind == "cuda":  # its weights have this dtype, and only a CPU reorders them
             asking["sampler's copy"] = 0
@@ -291,12 +298,9 @@ def head_bytes(settings: Any, c: Any, kind: str, size: int, rows: float, *,
     return states + gradient + tile
 
 
-def rollout_bytes(settings: Any, c: Any, machine: Machine, size: int, episodes: Episodes,
+def rollout_bytes(settings: Any, c: Any, kind: str, size: int, episodes: Episodes, rows: int,
                   is_split: bool) -> dict[str, float]:
     """What an engine holds: weights to sample with, keys and values, a prefill."""
-    share = episodes_a_step(settings, machine.ranks)
-    asked = settings.val_size / machine.ranks if settings.eval_every else 0
-    rows = rows_at_once(settings, max(share, asked))
     copy = size * (linear_parameters(c) + c.vocab_size * c.hidden_size) if size < F32 else 0
     if is_split:
         copy = size * num_parameters(c)

@@ -183,6 +183,8 @@ class Run:
             for path in clean(self.dir, OF_ONE_RUN if begins_again else ()):
                 self.say(f"removed {path}, which a killed process had not finished")
             self.say(disk_report(self.dir, networks, checkpoint.NUM_KEPT, self.settings.save_every))
+        from infra.cuda import KEPT  # here, because a CPU keeps none
+        KEPT.clear()  # a teacher that was asked keeps a cache of all its rows: 29 GB in one run
         decay = self.settings.weight_decay
         for name, network in networks.items():  # `update` sets the learning rate of each step
             trained = [p for p in network.parameters() if p.requires_grad]

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import distil
 import kernels
 import model
 import rollout
 from data import Question
+from episode import Episode
 from infra import cuda
 from rollout import RolloutSettings, generate
-from tests.support.runs import policies
+from tests.support.runs import policies, run
 from tests.support.scripted import SEARCH_THEN_ANSWER, play
 
 ANSWER = "<answer> gold </answer>"
@@ -60,7 +62,7 @@ def captured(monkeypatch):
 
 def places(policy):
     """Where everything lies that a graph reads."""
-    steps = model._KEPT[policy.decoder]
+    steps = cuda.KEPT[policy.decoder]
     tensors = (steps.ids, steps.positions, *steps.cache.keys, *steps.cache.values,
                *steps.copies.values(), *policy.decoder.parameters())
     return [tensor.data_ptr() for tensor in tensors]
@@ -78,7 +80,7 @@ def test_graphs_write_what_steps_write_and_live_across_calls(mini, captured, mon
     student, _ = policies(mini)
     got = generate(student, None, QUESTIONS, SETTINGS, seed=3)
     count, before = len(captured), places(student)
-    keys = list(model._KEPT[student.decoder].graphs.graphs)
+    keys = list(cuda.KEPT[student.decoder].graphs.graphs)
     assert 0 < count == len(keys) <= 12
     assert {rows for rows, _ in keys} <= {1, 2, 4, 6} and {r for _, r in keys} <= {64, 128, 161}
     assert sum(graph.num_replays for graph in captured) > 3 * count
@@ -90,11 +92,11 @@ def test_graphs_write_what_steps_write_and_live_across_calls(mini, captured, mon
     again = generate(student, None, QUESTIONS[:6], SETTINGS, seed=4)
     assert len(captured) == count and places(student) == before
     monkeypatch.setattr(model, "GRAPHED", ())
-    model._KEPT.clear()
+    cuda.KEPT.clear()
     assert_equal_episodes(again, generate(student, None, QUESTIONS[:6], SETTINGS, seed=4))
     student, _ = policies(mini)
     assert_equal_episodes(got, generate(student, None, QUESTIONS, SETTINGS, seed=3))
-    assert student.decoder not in model._KEPT, "a CPU keeps nothing between calls"
+    assert student.decoder not in cuda.KEPT, "a CPU keeps nothing between calls"
 
 
 def test_graphs_of_weights_that_moved_are_made_anew(mini, captured):
@@ -106,6 +108,21 @@ def test_graphs_of_weights_that_moved_are_made_anew(mini, captured):
     assert len(captured) == 2 * count
     # CUDA frees a pool with its last graph, and a capture into one that is freed fails.
     assert [graph.given for graph in captured] == ([None] + ["pool"] * (count - 1)) * 2
+
+
+def test_training_frees_the_cache_of_a_teacher_that_was_asked(
+        mini, captured, tmp_path, monkeypatch):
+    kept, loss = [], distil.distil_loss
+
+    def watched(*args, **options):
+        kept.append(len(cuda.KEPT))
+        return loss(*args, **options)
+
+    monkeypatch.setattr(distil, "distil_loss", watched)
+    monkeypatch.setattr(Episode, "score", property(lambda self: 1.0))
+    made = ["--episodes", str(tmp_path / "made.jsonl"), "--val-size", "0", "--eval-every", "0"]
+    run(mini, tmp_path / "run", "--phase", "kd", *made)
+    assert captured and kept and not any(kept)
 
 
 def test_what_a_gpu_fuses_is_right_and_few_variants_are_compiled(mini, monkeypatch):

@@ -219,6 +219,21 @@ def test_each_phase_holds_what_it_uses():
     assert "teacher asks" not in parts["kd"]
 
 
+def test_a_gpu_keeps_the_cache_of_a_rollout_and_frees_the_teacher_s():
+    s = settings(compute_dtype="bfloat16")
+    on = {kind: plan.stages(s, shapes(), TEN._replace(kind=kind), EPISODES)
+          for kind in ("cpu", "cuda")}
+    for name in ("keys and values", "sampler's copy"):
+        assert on["cuda"]["rollout"][name] > 0
+        assert {stage[name] for stage in on["cuda"].values()} == {on["cuda"]["rollout"][name]}
+        assert name not in on["cpu"]["update"]
+    asked = plan.stages(settings("kd", batch_size=4, eval_every=0, rollout_rows=40), shapes(
+        num_episodes=None, num_asked=100), TEN._replace(kind="cuda"), EPISODES)
+    assert "keys and values" not in asked["update"]
+    rows = 40  # in flight, of 100 questions: not the batch of an update
+    assert asked["teacher asks"]["keys and values"] == 2 * 36 * rows * 2 * 4097 * 128 * 4
+
+
 def test_one_pass_has_its_activations_before_its_gradients():
     one = plan.stages(settings("kd", batch_size=4), shapes(), TEN, EPISODES)
     many = plan.stages(settings("kd", batch_size=64), shapes(), TEN, EPISODES)
