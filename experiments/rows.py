@@ -28,6 +28,7 @@ SEEDS = (0, 1, 2)
 DEFAULTS = asdict(TrainSettings())
 TABLES = {"sets", "budgets"}  # keys of a record with the same measures for each set or budget
 CURVE_POINTS = 60  # of a recorded curve, about
+COMMIT_DIGITS = 12
 DIGITS = 5  # of a recorded number that is no whole one
 Record = dict[str, Any]
 Interval = tuple[float, float, float]  # mean, low and high end of the 95 % interval
@@ -153,6 +154,9 @@ def training_record(run_dir: Path, curve_keys: Sequence[str] = ()) -> Record:
     run = read_json(run_dir / "run.json")
     # Left out: settings at train.py's defaults of that commit, and what is of this machine alone.
     run["settings"] = chosen(run["settings"], DEFAULTS)
+    there = run.get("versions", {}).items()
+    run |= {"versions": {name: version for name, version in there if version},
+            "commit": (run.get("commit") or "")[:COMMIT_DIGITS]}
     record = {
         "train": {key: value for key, value in run.items() if key not in ("paths", "history")},
         "num_steps": len(metrics),
