@@ -375,6 +375,18 @@ def test_the_report_of_the_records_says_what_the_page_says(folder, kd, dgpo):
         assert f"[{low}, {high}]" in page
 
 
+def test_the_page_s_first_table_has_the_averages_of_its_records():
+    rows = PAGE.read_text(encoding="utf-8").partition("<!-- three runs -->")[2].split("\n\n")[0]
+    folders = ("real", "real-pair", "real-pair-gpu")
+    for name, row in zip(("student", *real.ROWS), rows.splitlines()[4:], strict=True):
+        for folder, cell in zip(folders, row.split(" | ")[1:], strict=True):
+            record = RECORDS.with_name(folder) / f"{name}-0.json"
+            shown = "not measured"
+            if record.exists():
+                shown = f"{read_json(record)['average']['em']:.3f}"
+            assert cell.removesuffix(" |") == shown, (name, folder)
+
+
 def test_the_page_s_counts_of_failures_are_those_of_the_records():
     page = PAGE.read_text(encoding="utf-8")
     ends = [json.loads((RECORDS / f"{name}-0.json").read_text())["ends"]
