@@ -31,6 +31,7 @@ ONEDNN_BYTES = GIB // 2  # its compiled products in bfloat16, one for each shape
 PROMPTS = {"paper": 150, "short": 50}  # tokens, with a question
 WRONG = 0.65  # share of a student's, and a teacher's, episodes
 QUERY_TOKENS, PASSAGE_TOKENS = 32, 160
+LARGEST = 3  # standard deviations of a run's largest batch above the mean
 LOGIT_READS = 10  # of each logit, as fp32
 REST = 0.03  # of all other seconds
 OPS_A_LAYER = 100  # small operations that the host issues for a layer, in a decoding step
@@ -82,6 +83,7 @@ class Episodes(NamedTuple):
     written: float  # tokens of the agent
     wrong: float  # share
     source: str
+    spread: float = 0.0  # standard deviation of its tokens
 
     @property
     def tokens(self) -> float:
@@ -184,12 +186,15 @@ def episodes_a_step(settings: Any, ranks: int) -> float:
     return max(1, num / ranks)
 
 
-def tokens_a_pass(settings: Any, machine: Machine, episodes: Episodes) -> tuple[float, float]:
-    """(tokens of a pass of an update, passes of the update), of a rank."""
+def tokens_a_pass(settings: Any, machine: Machine, episodes: Episodes,
+                  deviations: float = 0) -> tuple[float, float]:
+    """(tokens of a pass of an update, passes of the update), of a rank; deviations: above the mean.
+    """
     share = episodes_a_step(settings, machine.ranks)
     if settings.advantage:
         share = min(share, max(1, settings.minibatch_size / machine.ranks))
     tokens, most = share * episodes.tokens, max(settings.micro_batch_tokens, episodes.tokens)
+    tokens += deviations * math.sqrt(share) * episodes.spread
     return min(most, tokens), max(1, tokens / most)
 
 
@@ -231,7 +236,7 @@ def stages(settings: Any, shapes: Shapes, machine: Machine,
         kept["index"] = shapes.passages * shapes.width * shapes.vector_bytes
         if kind == "cuda" and shapes.passages:
             kept["index"] += SCORES_BYTES
-    tokens, passes = tokens_a_pass(s, machine, episodes)
+    tokens, passes = tokens_a_pass(s, machine, episodes, LARGEST)
     update = {**kept, "gradients": F32 * trained * (passes > 1 or is_split)}
     if has_critic:
         update["critic: gradients"] = F32 * critic

@@ -15,16 +15,19 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from infra.config import is_remote
-from infra.files import read_json, resolve
+from infra.files import blaming, read_json, read_rows, resolve
 from infra.parallel import pick_device
 from infra.plan import (
     CARDS,
@@ -58,6 +61,8 @@ from infra.plan import (
 )
 from infra.programs import check_path
 
+CHARACTERS = 4  # a token, of English
+
 # ---- what files say ----
 
 
@@ -67,7 +72,7 @@ def count_lines(path: Path) -> int:
 
 
 def expected_episodes(settings: Any) -> Episodes:
-    """From the log of a run in --run-dir, else assumed from the settings' limits."""
+    """From the log of a run in --run-dir or from --episodes, else assumed from the limits."""
     s = settings
     searches, written, wrong = 0.75 * s.max_turns, min(75, 0.4 * s.max_new_tokens), WRONG
     written *= searches + 1
@@ -82,9 +87,30 @@ def expected_episodes(settings: Any) -> Episodes:
             for name in ("searches", "agent_tokens", "score"))
         wrong, source = 1 - score, f"the last {len(rows)} steps of {log}"
     prompt = PROMPTS.get(s.prompt, PROMPTS["paper"])
+    if not s.advantage and Path(s.episodes).is_file():
+        return given_episodes(Path(s.episodes), prompt)
     shown = s.max_obs_tokens
     room = max(1, s.max_context_tokens - prompt - written)
     return Episodes(prompt, searches, min(shown, room / max(1, searches)), written, wrong, source)
+
+
+def given_episodes(path: Path, prompt: float) -> Episodes:
+    """The means of a file's first thousand; a prompt that it lacks has `prompt` tokens."""
+    tokens, counts, totals = Counter(), Counter(), []
+    rows = [row for _, row in islice(read_rows(path, "episode"), 1000)]
+    with blaming(path, "segments [{author, text or ids}]"):
+        for row in rows:
+            before = tokens.total()
+            for part in row.get("segments", [{"author": "agent", "text": row.get("text", "")}]):
+                size = len(part["ids"]) if "ids" in part else len(part["text"]) / CHARACTERS
+                counts[part["author"]] += 1
+                tokens[part["author"]] += size
+            totals.append(tokens.total() - before)
+    shown = tokens["environment"] / max(1, counts["environment"])
+    prompt = tokens["prompt"] / len(rows) or prompt
+    return Episodes(prompt, counts["environment"] / len(rows), shown, tokens["agent"] / len(rows),
+                    WRONG, f"{path}; text without ids has a token in {CHARACTERS} characters",
+                    pstdev(totals))
 
 
 def encoder_shape(public: dict, read_config: Callable) -> tuple[float, int]:

@@ -451,6 +451,34 @@ def test_a_log_of_the_run_replaces_what_is_assumed(tmp_path):
     assert (seen.searches, seen.written, seen.wrong) == (1.5, 40.0, 0.75)
 
 
+def test_given_episodes_replace_what_is_assumed_where_nothing_is_sampled(tmp_path):
+    text = {"author": "agent", "text": "x" * 40}
+    shown = {"author": "environment", "text": "y" * 80}
+    rows = [{"segments": [text, shown, text]}, {"segments": [{"author": "agent", "ids": [1] * 7}]},
+            {"segments": [shown | {"ids": [1] * 40}, text]}, {"text": "z" * 12}]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = settings(episodes=str(tmp_path / "few.jsonl"), run_dir=str(tmp_path), prompt="paper")
+    seen = planner.expected_episodes(replace(s, advantage=""))
+    assert (seen.searches, seen.shown, seen.written) == (0.5, 30, 10) and "few" in seen.source
+    assert seen.spread == pytest.approx(math.sqrt(414.5))  # of 40, 7, 50 and 3 tokens
+    assert seen.prompt == plan.PROMPTS["paper"]
+    own = [{"segments": [{"author": "prompt", "ids": [1] * 30}, text]}]
+    (tmp_path / "few.jsonl").write_text(json.dumps(own[0]))
+    assert planner.expected_episodes(replace(s, advantage="")).prompt == 30
+    assert "assumed" in planner.expected_episodes(replace(s, advantage="gae")).source
+
+
+def test_memory_is_that_of_the_largest_batch_and_seconds_are_those_of_the_mean():
+    s = settings("sft", episodes="few.jsonl", micro_batch_tokens=4096, batch_size=4)
+    uneven = EPISODES._replace(spread=100.0)
+    assert plan.tokens_a_pass(s, TEN, uneven) == plan.tokens_a_pass(s, TEN, EPISODES) == (1840, 1)
+    assert plan.tokens_a_pass(s, TEN, uneven, 3) == (1840 + 3 * 2 * 100, 1)
+    even, most = (plan.stages(s, shapes(), TEN, e)["update"] for e in (EPISODES, uneven))
+    assert most["activations"] > even["activations"] and most["workspace"] > even["workspace"]
+    assert plan.step_seconds(s, shapes(), TEN, uneven) == plan.step_seconds(
+        s, shapes(), TEN, EPISODES)
+
+
 def test_an_index_a_corpus_or_the_paper_s_is_counted(mini, tmp_path):
     s = settings(student=str(mini / "student"), teacher=str(mini / "teacher"), index="",
                  encoder=str(mini / "encoder"), corpus=str(mini / "corpus.jsonl"))
