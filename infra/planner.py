@@ -72,7 +72,7 @@ def count_lines(path: Path) -> int:
 
 
 def expected_episodes(settings: Any) -> Episodes:
-    """From the log of a run in --run-dir or from --episodes, else assumed from the limits."""
+    """From the log in --run-dir, else --episodes where nothing is sampled, else from the limits."""
     s = settings
     searches, written, wrong = 0.75 * s.max_turns, min(75, 0.4 * s.max_new_tokens), WRONG
     written *= searches + 1
@@ -87,7 +87,7 @@ def expected_episodes(settings: Any) -> Episodes:
             for name in ("searches", "agent_tokens", "score"))
         wrong, source = 1 - score, f"the last {len(rows)} steps of {log}"
     prompt = PROMPTS.get(s.prompt, PROMPTS["paper"])
-    if not s.advantage and Path(s.episodes).is_file():
+    if not (rows or s.advantage) and Path(s.episodes).is_file():
         return given_episodes(Path(s.episodes), prompt)
     shown = s.max_obs_tokens
     room = max(1, s.max_context_tokens - prompt - written)

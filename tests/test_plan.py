@@ -466,6 +466,9 @@ def test_given_episodes_replace_what_is_assumed_where_nothing_is_sampled(tmp_pat
     (tmp_path / "few.jsonl").write_text(json.dumps(own[0]))
     assert planner.expected_episodes(replace(s, advantage="")).prompt == 30
     assert "assumed" in planner.expected_episodes(replace(s, advantage="gae")).source
+    log = {"rollout/searches": 1.5, "rollout/agent_tokens": 40.0, "rollout/score": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(log) + "\n")
+    assert "metrics" in planner.expected_episodes(replace(s, advantage="")).source
 
 
 def test_memory_is_that_of_the_largest_batch_and_seconds_are_those_of_the_mean():
