@@ -56,11 +56,14 @@ ROWS = {
     "seqkd": Row("SeqKD", "sft"),
     "kd": Row("KD", "kd"),
     "ppo": Row("PPO from KD", "ppo", begins="kd"),
+    "published": Row("DGPO, as published", "dgpo", begins="kd", flags=("--kl-in", "reward")),
     "dgpo": Row("DGPO, exact", "dgpo", begins="kd"),
 }
-NEEDS = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "dgpo": ("kd",)}
-COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("dgpo", "kd"),
-            ("ppo", "kd"), ("dgpo", "ppo"), ("kd", "teacher"), ("ppo", "teacher"))
+NEEDS = {"seqkd": ("kd",), "kd": ("teacher",), "ppo": ("kd",), "published": ("kd",),
+         "dgpo": ("kd",)}
+COMPARED = (("kd", "student"), ("seqkd", "student"), ("kd", "seqkd"), ("published", "kd"),
+            ("dgpo", "kd"), ("dgpo", "published"), ("ppo", "kd"), ("dgpo", "ppo"),
+            ("kd", "teacher"), ("ppo", "teacher"))
 SETS = {"single-hop": SINGLE, "multi-hop": MULTI}
 # How an episode ends. Shown: a passage of it holds a gold answer. Own: the answer is in no passage.
 ENDS = ("right", "no action", "no answer", "shown, another", "shown, own", "not shown, another",

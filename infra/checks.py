@@ -63,7 +63,7 @@ def check_session(settings: Any, num: int, num_val: int) -> None:
     """Refuse num questions, num_val of them set apart, that are too few for a step to ask.
 
     Says what else will not be as it seems: no validation (an error where the run waits for its
-    score), and warm-ups of loop two that do not end.
+    score), warm-ups of loop two that do not end, and a KL that groups make large.
     """
     got = (f"{settings.questions}: got {num} questions, {num_val} of them set apart to validate "
            f"(--val-size {settings.val_size}, at most a tenth)")
@@ -74,6 +74,11 @@ def check_session(settings: Any, num: int, num_val: int) -> None:
         num_actor_steps = settings.steps - has_critic * settings.critic_only_steps
         check_warm_up("actor", settings.actor_warmup_steps, num_actor_steps)
         check_warm_up("critic", has_critic * settings.critic_warmup_steps, settings.steps)
+        in_reward = settings.kl_in == "reward" and settings.kl_where != "none" and settings.beta
+        if in_reward and not has_critic:
+            say("--kl-in reward: got it with advantages of groups, which rank a group of equal "
+                "scores by its KL alone, as strongly as by right answers; --kl-in loss and exact "
+                "keep its weight")
     elif settings.phase in ("gkd", "distillm"):
         num_asked = settings.batch_size
     if num - num_val < num_asked:
