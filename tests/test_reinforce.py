@@ -311,18 +311,6 @@ def test_a_kl_reward_that_groups_would_make_large_is_said(mini, tmp_path, capsys
     assert ("rank a group of equal scores by its KL alone" in capsys.readouterr().out) == is_said
 
 
-def test_groups_of_equal_scores_are_ranked_by_their_kl_as_strongly_as_by_a_right_answer():
-    """Why that is said: the KL has a weight of 0.001 here."""
-    mask = torch.ones(4, 3, dtype=torch.bool)
-    logprobs = torch.zeros(4, 3)
-    guide = torch.tensor([[-1.0], [-2.0], [-1.0], [-2.0]]).expand(4, 3)
-    rewards = dgpo.kl_rewards(torch.tensor([0.0, 0.0, 0.0, 1.0]), logprobs, guide, mask,
-                              beta=0.001, where="wrong")
-    advantages = dgpo.group_advantages(rewards, mask, 2)[:, 0]
-    assert advantages.abs().tolist() == pytest.approx([0.5**0.5] * 4, rel=1e-2)
-    assert advantages[0] > 0 > advantages[1]  # nearer to the guide, though both are wrong
-
-
 def test_groups_with_equal_rewards_are_dropped_but_for_the_episodes_that_are_kept():
     scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     assert reinforce.equal_groups(scores, 2).tolist() == [False, True, True]
