@@ -451,6 +451,9 @@ def launch(settings: Any, phase: Callable[[Run], None]) -> None:
                        f"{settings.timeout_minutes} minutes; read what it said, then --resume\n"
                        f"(rank {run.rank} of {run.num_processes}: {error})") from error
         raise
+    finally:
+        if run.bar:
+            run.bar.close()  # an open one would redraw itself below the error
 
 
 def run_program(name: str, main: Callable[[list[str]], object]) -> None:

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import dgpo
 import distil
@@ -28,12 +29,13 @@ import sampling
 import train
 from episode import Episode
 from infra import fingerprint, guards
+from infra import run as run_module
 from infra.checkpoint import digest, newest_state, save_state, states
 from infra.parts import find_made
 from infra.run import Run, Stop
 from model import load_decoder
 from tests.support.mini import read_rows
-from tests.support.runs import run
+from tests.support.runs import Spy, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_KILLS = 20
@@ -376,6 +378,17 @@ def test_out_of_memory_names_the_settings_that_help_largest_first(
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0.01
     for knob in ("micro-batch-tokens (now 16384)", "rollout-rows (now 64)", "shard (now none)"):
         assert any(f"--{knob}" in line for line in lines)
+
+
+def test_an_error_closes_the_progress_bar(mini, tmp_path, monkeypatch):
+    """An open one would be drawn below the error, and closed by the garbage collector."""
+    bars = Spy(monkeypatch, run_module, "tqdm")
+    monkeypatch.setattr(bars, "write", tqdm.write, raising=False)
+    monkeypatch.setattr(reinforce, "score_tokens", lambda *_: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key"):
+        run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "2")
+    [(_, _, bar)] = bars.calls
+    assert bar.disable and bar not in tqdm._instances  # closed
 
 
 def test_parts_of_teacher_episodes_of_other_settings_are_not_taken_for_these(
