@@ -75,7 +75,8 @@ def check_session(settings: Any, num: int, num_val: int) -> None:
         check_warm_up("actor", settings.actor_warmup_steps, num_actor_steps)
         check_warm_up("critic", has_critic * settings.critic_warmup_steps, settings.steps)
         in_reward = settings.kl_in == "reward" and settings.kl_where != "none" and settings.beta
-        if in_reward and not has_critic:
+        leaves_out = settings.phase not in ("ppo", "grpo", "dgpo")  # others drop equal groups
+        if in_reward and not has_critic and not leaves_out:
             say("--kl-in reward: got it with advantages of groups, which rank a group of equal "
                 "scores by its KL alone, as strongly as by right answers; --kl-in loss and exact "
                 "keep its weight")

@@ -229,7 +229,7 @@ def test_the_two_forms_of_dgpo_differ_in_where_the_guidance_goes(tmp_path):
     exact, published = real.train_row("dgpo", o, 0), real.train_row("published", o, 0)
     preset = tomllib.loads((real.ROOT / "configs/real-smollm2.toml").read_text(encoding="utf-8"))
     assert preset["dgpo"]["kl_in"] == "exact" and flag(exact, "--kl-in") == ""
-    assert flag(published, "--kl-in") == "reward"  # a flag wins over a preset
+    assert flag(published, "--kl-in") == "reward"
 
 
 def test_the_last_layers_of_the_teacher_alone_are_trained_where_asked(tmp_path):

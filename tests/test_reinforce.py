@@ -21,6 +21,7 @@ import sampling
 from batch import Batch, collate
 from episode import Episode, Segment, load_episodes
 from infra import guards
+from infra.checks import check_session
 from infra.collapse import signs_of_collapse
 from infra.parallel import row_weights
 from infra.run import Stop
@@ -304,11 +305,19 @@ def test_groups_that_cannot_be_are_refused_before_anything_is_played(mini, tmp_p
 
 @pytest.mark.parametrize(("flags", "is_said"), [
     ("", True), ("--kl-where all", True), ("--kl-where none", False), ("--kl-in loss", False),
-    ("--beta 0", False), ("--advantage gae", False)])
+    ("--kl-in exact", False), ("--beta 0", False), ("--advantage gae", False)])
 def test_a_kl_reward_that_groups_would_make_large_is_said(mini, tmp_path, capsys, flags, is_said):
     groups = ["--advantage", "group", "--group-size", "2"] * ("gae" not in flags)
     run(mini, tmp_path / "run", "--phase", "dgpo", "--steps", "1", *MINI, *groups, *flags.split())
     assert ("rank a group of equal scores by its KL alone" in capsys.readouterr().out) == is_said
+
+
+def test_a_phase_that_leaves_equal_groups_out_is_not_said_to_rank_them(capsys):
+    for filled in (qagent.with_defaults(qagent.QAgentSettings()),
+                   with_defaults(TrainSettings(phase="grpo"))):
+        check_session(filled, 5000, 0)
+        said = "rank a group of equal scores" in capsys.readouterr().out
+        assert said == (filled.phase == "grpo"), filled.phase
 
 
 def test_groups_with_equal_rewards_are_dropped_but_for_the_episodes_that_are_kept():
