@@ -48,7 +48,7 @@ def open_session(settings: TrainSettings, device: torch.device, task: Task, *,
     questions = load_questions(settings.questions, answer_rule=settings.answer_rule)
     questions = [questions[i] for i in shuffled(len(questions), 0)]  # one split for all seeds
     num_val = min(settings.val_size, len(questions) // 10)
-    check_session(settings, len(questions), num_val)
+    check_session(settings, len(questions), num_val, task.drop_equal_groups)
     retriever = None
     if settings.max_turns > 0:
         from retriever import open_retriever  # here, because only a phase that searches needs it

@@ -59,9 +59,10 @@ def check_asked(settings: Any) -> None:
                          "http://...)")
 
 
-def check_session(settings: Any, num: int, num_val: int) -> None:
+def check_session(settings: Any, num: int, num_val: int, drops_equal: bool) -> None:
     """Refuse num questions, num_val of them set apart, that are too few for a step to ask.
 
+    drops_equal: whether the task leaves out groups of equal rewards.
     Says what else will not be as it seems: no validation (an error where the run waits for its
     score), warm-ups of loop two that do not end, and a KL that groups make large.
     """
@@ -75,8 +76,7 @@ def check_session(settings: Any, num: int, num_val: int) -> None:
         check_warm_up("actor", settings.actor_warmup_steps, num_actor_steps)
         check_warm_up("critic", has_critic * settings.critic_warmup_steps, settings.steps)
         in_reward = settings.kl_in == "reward" and settings.kl_where != "none" and settings.beta
-        leaves_out = settings.phase not in ("ppo", "grpo", "dgpo")  # others drop equal groups
-        if in_reward and not has_critic and not leaves_out:
+        if in_reward and not has_critic and not drops_equal:
             say("--kl-in reward: got it with advantages of groups, which rank a group of equal "
                 "scores by its KL alone, as strongly as by right answers; --kl-in loss and exact "
                 "keep its weight")

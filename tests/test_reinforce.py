@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ import dgpo
 import qagent
 import reinforce
 import sampling
+import session
+import train
 from batch import Batch, collate
 from episode import Episode, Segment, load_episodes
 from infra import guards
-from infra.checks import check_session
 from infra.collapse import signs_of_collapse
 from infra.parallel import row_weights
 from infra.run import Stop
@@ -312,12 +314,12 @@ def test_a_kl_reward_that_groups_would_make_large_is_said(mini, tmp_path, capsys
     assert ("rank a group of equal scores by its KL alone" in capsys.readouterr().out) == is_said
 
 
-def test_a_phase_that_leaves_equal_groups_out_is_not_said_to_rank_them(capsys):
-    for filled in (qagent.with_defaults(qagent.QAgentSettings()),
-                   with_defaults(TrainSettings(phase="grpo"))):
-        check_session(filled, 5000, 0)
-        said = "rank a group of equal scores" in capsys.readouterr().out
-        assert said == (filled.phase == "grpo"), filled.phase
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_task_that_leaves_equal_groups_out_is_not_said_to_rank_them(
+        mini, tmp_path, monkeypatch, capsys, drops):
+    monkeypatch.setattr(train, "Task", partial(session.Task, drop_equal_groups=drops))
+    run(mini, tmp_path / "run", "--phase", "grpo", "--group-size", "2", "--steps", "1", *MINI)
+    assert ("rank a group of equal scores" in capsys.readouterr().out) != drops
 
 
 def test_groups_with_equal_rewards_are_dropped_but_for_the_episodes_that_are_kept():
